@@ -1,0 +1,42 @@
+# `make test` and `make demo` work on a fresh clone: they set up .venv first, once.
+# An active virtual environment that already has torch (your CUDA build, say) is used instead of .venv.
+VENV := $(shell if [ -n "$$VIRTUAL_ENV" ] && "$$VIRTUAL_ENV/bin/python" -c 'import torch' 2>/dev/null; \
+          then echo "$$VIRTUAL_ENV"; else echo .venv; fi)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.rlhf-env-installed
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install demo test slow check bench docs clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt scripts/setup.sh
+	scripts/setup.sh $(VENV)
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/rlhf-env demo --out runs/demo
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+slow: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/python -m sphinx -W -b html docs docs/_build
+
+clean:
+	rm -rf build dist *.egg-info docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
