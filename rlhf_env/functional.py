@@ -1,0 +1,181 @@
+"""The mathematics of RLHF as pure functions of [B, T] tensors.
+
+Conventions: `mask` is True where an entry counts. Index t belongs to the state *before* token t.
+Log-probabilities are natural, KL is in nats, and rewards are in the units of the reward model's score.
+Entries outside the mask may hold anything, NaN included: they never reach a result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# --- masked statistics -----------------------------------------------------------------------------
+
+
+def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of the entries of `x` [B, T] that count."""
+    kept = torch.where(mask, x, torch.zeros_like(x))
+    return kept.sum() if dim is None else kept.sum(dim)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the entries of `x` [B, T] that count: one number, every token weighs the same."""
+    return masked_sum(x, mask) / mask.sum().clamp(min=1)
+
+
+def masked_var(x: Tensor, mask: Tensor) -> Tensor:
+    """Population variance of the entries of `x` [B, T] that count."""
+    x = torch.where(mask, x, torch.zeros_like(x))  # before the square, whose gradient would be 0 · NaN in the padding
+    return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+
+def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """Centre `x` [B, T] to mean 0 and scale it to variance 1 over the mask; 0 elsewhere.
+
+    The mean is removed (`shift_mean=True` in lm-human-preferences, `utils/core.py`), with the population variance.
+    """
+    x = torch.where(mask, x, torch.zeros_like(x))
+    centred = x - masked_mean(x, mask)
+    return torch.where(mask, centred * torch.rsqrt(masked_var(x, mask) + eps), torch.zeros_like(x))
+
+
+def explained_variance(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """1 − Var(target − prediction) / Var(target) over the mask: 1 is perfect, 0 no better than a constant.
+
+    NaN where the target does not vary, since nothing is there to be explained.
+    """
+    # Not "variance > 0": the rounded mean of equal numbers may differ from them.
+    varies = torch.where(mask, target, torch.inf).amin() < torch.where(mask, target, -torch.inf).amax()
+    unexplained = masked_var(target - prediction, mask) / masked_var(target, mask)
+    return torch.where(varies, 1 - unexplained, torch.full_like(unexplained, torch.nan))
+
+
+# --- log-probabilities -----------------------------------------------------------------------------
+
+
+def gather_logp(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of each taken token: `log_probs` [..., V] at `tokens` [...] → [...]."""
+    return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """−Σ_v p_v log p_v in nats over the last axis: [..., V] → [...]; forbidden tokens (−∞) contribute 0."""
+    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
+
+
+# --- KL divergence ---------------------------------------------------------------------------------
+# Estimators of KL(π ‖ ref) from tokens sampled by π: Schulman, http://joschu.net/blog/kl-approx.html.
+
+
+def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """log π − log ref: unbiased, of either sign; the only one whose gradient *as a reward* is exact."""
+    return logp - ref_logp
+
+
+def kl_k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """½ (log π − log ref)²: biased, low variance; as a loss it has the on-policy gradient of KL."""
+    return 0.5 * (logp - ref_logp).square()
+
+
+def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """exp(−Δ) − 1 + Δ with Δ = log π − log ref: unbiased and never negative."""
+    delta = logp - ref_logp
+    return torch.expm1(-delta) + delta
+
+
+def kl_full(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
+    """Exact KL of two next-token distributions, Σ_v π_v (log π_v − log ref_v): [..., V] → [...], in nats."""
+    difference = torch.where(log_probs > -torch.inf, log_probs - ref_log_probs, torch.zeros_like(log_probs))
+    return (log_probs.exp() * difference).sum(-1)
+
+
+# --- rewards, returns, advantages ------------------------------------------------------------------
+
+
+def token_rewards(
+    score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: Tensor | float, *, placement: str = "token"
+) -> Tensor:
+    """Per-token rewards [B, T] whose sum over a response is score − β Σ_t (logp_t − ref_logp_t).
+
+    `score` [B] lands on the last token that counts. `placement="token"` charges β (logp − ref_logp) at each token
+    (Ziegler et al. 2019, arXiv 1909.08593, eq. 2; lm-human-preferences `compute_rewards`), `"terminal"` the whole sum
+    on the last token. `beta` is a number or [B].
+    """
+    beta = torch.as_tensor(beta, dtype=logp.dtype, device=logp.device)
+    kl = torch.where(mask, kl_k1(logp, ref_logp), torch.zeros_like(logp))  # [B, T]
+    last = last_token(mask)
+    if placement == "terminal":
+        return torch.where(last, (score - beta * kl.sum(1)).unsqueeze(1), torch.zeros_like(kl))
+    if placement != "token":
+        raise ValueError(f"kl_placement must be 'token' or 'terminal', got {placement!r}")
+    return -beta.reshape(-1, 1) * kl + torch.where(last, score.unsqueeze(1).to(kl.dtype), torch.zeros_like(kl))
+
+
+def last_token(mask: Tensor) -> Tensor:
+    """True at the last entry that counts in each row: bool [B, T], for masks that are a prefix of the row."""
+    following = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    return mask & ~following
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> Tensor:
+    """Generalised advantage estimation [B, T] for episodes that end at their last token that counts.
+
+    δ_t = r_t + γ V(s_{t+1}) − V(s_t),  A_t = δ_t + γλ A_{t+1},  V(after the last token) = 0.
+    Schulman et al. 2016, arXiv 1506.02438, eq. 16. `values[:, t]` is the value of the state before token t.
+    """
+    zero = torch.zeros_like(rewards)
+    rewards, values = torch.where(mask, rewards, zero), torch.where(mask, values, zero)
+    advantages, next_value, next_advantage = zero.clone(), zero[:, 0], zero[:, 0]
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        # Past the end of a row δ = 0 and the carried values are 0, so nothing leaks in from the padding.
+        next_advantage = torch.where(mask[:, t], delta + gamma * lam * next_advantage, zero[:, 0])
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages
+
+
+def ppo_clip_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
+    """Clipped surrogate, negated for descent: −mean_t min(ρ A, clip(ρ, 1−ε, 1+ε) A), ρ = exp(logp − old_logp).
+
+    Schulman et al. 2017, arXiv 1707.06347, eq. 7. Inputs [B, T]; every token that counts weighs the same.
+    """
+    zero = torch.zeros_like(logp)  # masked before any product, so that padding cannot reach a gradient either
+    ratio, advantages = torch.where(mask, logp - old_logp, zero).exp(), torch.where(mask, advantages, zero)
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return -masked_mean(surrogate, mask)
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
+    """½ mean_t max((V − R)², (V_old + clip(V − V_old, −ε, ε) − R)²); lm-human-preferences `ppo.py`, `loss`."""
+    zero = torch.zeros_like(values)  # masked before any product, so that padding cannot reach a gradient either
+    values, old_values, returns = (torch.where(mask, x, zero) for x in (values, old_values, returns))
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * masked_mean(torch.maximum((values - returns).square(), (clipped - returns).square()), mask)
+
+
+def adaptive_beta_factor(kl: float, target: float, episodes: int, horizon: int) -> float:
+    """Factor by which β grows after `episodes` episodes whose mean KL was `kl` nats per sequence.
+
+    1 + clip(kl / target − 1, −0.2, 0.2) · episodes / horizon; Ziegler et al. 2019, arXiv 1909.08593, §2.2.
+    `horizon` counts episodes.
+    """
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return 1.0 + error * episodes / horizon
+
+
+# --- sampling --------------------------------------------------------------------------------------
+
+
+def inverse_cdf_sample(log_probs: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one token per row: the first v with Σ_{u ≤ v} p_u > `uniform`; [N, V], [N] in [0, 1) → int64 [N].
+
+    One uniform number decides one token, so a sample depends on its own row and number only, never on batch mates,
+    and no token of probability 0 is ever drawn.
+    """
+    cumulative = log_probs.exp().cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * cumulative[:, -1:], right=True).squeeze(-1)
+    # Rounding may carry the largest uniforms past the end: then the last token that has any probability is meant.
+    last = log_probs.shape[-1] - 1 - (log_probs > -torch.inf).flip(-1).to(torch.uint8).argmax(-1)
+    return torch.minimum(drawn, last)

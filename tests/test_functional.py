@@ -1,0 +1,392 @@
+"""The mathematics against numbers worked by hand, brute force, and exact sums over small distributions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rlhf_env.functional import (
+    adaptive_beta_factor,
+    clipped_value_loss,
+    entropy,
+    explained_variance,
+    gae,
+    gather_logp,
+    inverse_cdf_sample,
+    kl_full,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    last_token,
+    masked_mean,
+    masked_sum,
+    masked_var,
+    ppo_clip_loss,
+    token_rewards,
+    whiten,
+)
+
+LN2 = math.log(2)
+
+
+def f64(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def prefix_mask(*lengths: int, width: int) -> Tensor:
+    return torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+
+
+def close(actual: Tensor | None, expected: Any) -> None:
+    assert actual is not None
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=1e-12, atol=1e-12)
+
+
+# --- masked statistics -----------------------------------------------------------------------------
+
+
+def test_masked_sum_and_mean_weigh_every_token_the_same() -> None:
+    x = f64([1, 2, 6], [5, 99, 99])
+    mask = prefix_mask(3, 1, width=3)
+    assert masked_sum(x, mask).item() == 14
+    assert masked_sum(x, mask, dim=1).tolist() == [9, 5]
+    assert masked_mean(x, mask).item() == 3.5  # 14 / 4 tokens; the mean of the rows' means would be 4
+
+
+def test_mean_of_nothing_is_zero() -> None:
+    assert masked_mean(f64([1, 2]), torch.zeros(1, 2, dtype=torch.bool)).item() == 0
+
+
+def test_variance_is_the_population_variance() -> None:
+    # Mean 3, squares 4 + 4 + 4 + 4 over 4 tokens; over 3 it would be 16/3.
+    assert masked_var(f64([1, 1, 5], [5, 99, 99]), prefix_mask(3, 1, width=3)).item() == 4
+
+
+def test_whitening_centres_and_scales_and_clears_the_padding() -> None:
+    whitened = whiten(f64([1, 1, 5], [5, 99, 99]), prefix_mask(3, 1, width=3), eps=0.0)
+    assert whitened.tolist() == [[-1, -1, 1], [1, 0, 0]]
+
+
+def test_whitening_one_token_gives_zero() -> None:
+    assert whiten(f64([7, 3]), prefix_mask(1, width=2)).tolist() == [[0, 0]]
+
+
+def test_explained_variance() -> None:
+    target, mask = f64([1, 3, 5], [7, 99, 99]), prefix_mask(3, 1, width=3)  # variance 5
+    error = f64([1, -1, 1], [-1, 50, -50])  # variance 1
+    close(explained_variance(target - error, target, mask), 0.8)
+    close(explained_variance(target - error + 10, target, mask), 0.8)  # a constant offset costs nothing
+    assert explained_variance(target, target, mask).item() == 1
+    assert explained_variance(torch.zeros_like(target), target, mask).item() == 0
+    close(explained_variance(-target, target, mask), -3.0)  # 1 − 4·5/5
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1 / 3, -1e6])
+def test_a_target_that_does_not_vary_has_nothing_to_explain(constant: float) -> None:
+    target = torch.full((3, 7), constant)
+    assert explained_variance(torch.randn(3, 7), target, torch.ones(3, 7, dtype=torch.bool)).isnan()
+
+
+# --- log-probabilities -----------------------------------------------------------------------------
+
+
+def test_gather_logp_takes_the_entry_of_the_token() -> None:
+    table = f64([-1, -2, -3], [-4, -5, -6]).unsqueeze(0)
+    assert gather_logp(table, torch.tensor([[2, 0]])).tolist() == [[-3, -4]]
+
+
+def test_entropy_in_nats() -> None:
+    probabilities = f64([0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [1, 0, 0], [0.5, 0.5, 0])
+    close(entropy(probabilities.log()), [1.5 * LN2, math.log(3), 0.0, LN2])
+
+
+def test_entropy_has_a_finite_gradient_where_tokens_are_forbidden() -> None:
+    logits = f64([math.log(3), 0, -math.inf]).requires_grad_()
+    entropy(logits.log_softmax(-1)).sum().backward()
+    # dH/dz_i = −p_i (log p_i + H); p = (3/4, 1/4): H + log p_0 = log(3)/4, so ±3/16 log 3.
+    close(logits.grad, f64([-3 / 16 * math.log(3), 3 / 16 * math.log(3), 0]))
+
+
+# --- KL divergence: π = (1/2, 1/4, 1/4), ref = (1/4, 1/4, 1/2) --------------------------------------
+# Δ = (ln 2, 0, −ln 2), KL = ½ ln 2 − ¼ ln 2 = ¼ ln 2, and with softmax logits θ: ∂KL/∂θ = π (Δ − KL).
+
+PI, REF = f64([0.5, 0.25, 0.25])[0], f64([0.25, 0.25, 0.5])[0]
+KL = LN2 / 4
+KL_GRADIENT = f64([3 / 8 * LN2, -1 / 16 * LN2, -5 / 16 * LN2])[0]
+
+Estimator = Callable[[Tensor, Tensor], Tensor]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expectation"),
+    [(kl_k1, KL), (kl_k2, 3 / 8 * LN2**2), (kl_k3, KL)],  # 0.1733, 0.1802, 0.1733: k2 alone is biased
+)
+def test_expectation_of_the_kl_estimators(estimator: Estimator, expectation: float) -> None:
+    close((PI * estimator(PI.log(), REF.log())).sum(), expectation)
+
+
+def test_only_k1_can_be_negative() -> None:
+    logp, ref_logp = PI.log(), REF.log()
+    close(kl_k1(logp, ref_logp), [LN2, 0, -LN2])
+    close(kl_k2(logp, ref_logp), [LN2**2 / 2, 0, LN2**2 / 2])
+    close(kl_k3(logp, ref_logp), [LN2 - 0.5, 0, 1 - LN2])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "gradient"),
+    [
+        (kl_k1, torch.zeros(3)),  # E[∇ log π] = 0: it does nothing at all
+        (kl_k2, KL_GRADIENT),  # E[Δ ∇ log π]: exact
+        (kl_k3, PI - REF),  # E[(1 − ref/π) ∇ log π]: the gradient of KL(ref ‖ π) instead
+    ],
+)
+def test_expected_gradient_of_each_estimator_as_a_loss(estimator: Estimator, gradient: Tensor) -> None:
+    logits = PI.log().requires_grad_()
+    (PI * estimator(logits.log_softmax(-1), REF.log())).sum().backward()  # π sampled, so not differentiated
+    close(logits.grad, gradient)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "gradient"),
+    [
+        (kl_k1, KL_GRADIENT),  # exact
+        (kl_k2, f64([1 / 16, -3 / 32, 1 / 32])[0] * LN2**2),  # π (k2 − E k2)
+        (kl_k3, KL_GRADIENT + REF - PI),
+    ],
+)
+def test_expected_policy_gradient_of_each_estimator_as_a_reward(estimator: Estimator, gradient: Tensor) -> None:
+    logits = PI.log().requires_grad_()
+    logp = logits.log_softmax(-1)
+    (PI * estimator(logp, REF.log()).detach() * logp).sum().backward()
+    close(logits.grad, gradient)
+
+
+def test_full_kl_is_the_sum_and_its_gradient_the_true_one() -> None:
+    logits = PI.log().requires_grad_()
+    kl = kl_full(logits.log_softmax(-1), REF.log())
+    kl.backward()
+    close(kl.detach(), KL)
+    close(logits.grad, KL_GRADIENT)
+
+
+def test_full_kl_with_forbidden_tokens() -> None:
+    half = f64([0.5, 0.5, 0.0])[0]
+    logits = half.log().requires_grad_()
+    kl = kl_full(logits.log_softmax(-1), f64([0.25, 0.75, 0.0])[0].log())  # forbidden to both: it costs nothing
+    kl.backward()
+    close(kl.detach(), 0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+    assert logits.grad is not None and logits.grad.isfinite().all()
+    close(kl_full(half.log(), PI.log()), 0.5 * math.log(2))  # forbidden to the policy only: ½ ln 1 + ½ ln 2
+    assert kl_full(PI.log(), half.log()).item() == math.inf  # forbidden to the reference only
+
+
+# --- rewards ---------------------------------------------------------------------------------------
+
+SCORE = f64([2, -1])[0]
+LOGP = f64([-1, -2, -0.5], [-3, 99, 99])
+REF_LOGP = f64([-1.5, -1, -1], [-1, 99, -99])
+REWARD_MASK = prefix_mask(3, 1, width=3)  # log-ratios (0.5, −1, 0.5) and (−2)
+
+
+def test_token_rewards_by_hand() -> None:
+    rewards = token_rewards(SCORE, LOGP, REF_LOGP, REWARD_MASK, 0.5)
+    assert rewards.tolist() == [[-0.25, 0.5, 1.75], [0, 0, 0]]  # the second: −0.5·(−2) − 1 on its only token
+    rewards = token_rewards(SCORE, LOGP, REF_LOGP, REWARD_MASK, 0.5, placement="terminal")
+    assert rewards.tolist() == [[0, 0, 2], [0, 0, 0]]
+
+
+def test_beta_may_differ_between_episodes() -> None:
+    beta = f64([0.5, 2])[0]
+    assert token_rewards(SCORE, LOGP, REF_LOGP, REWARD_MASK, beta).tolist() == [[-0.25, 0.5, 1.75], [3, 0, 0]]
+    terminal = token_rewards(SCORE, LOGP, REF_LOGP, REWARD_MASK, beta, placement="terminal")
+    assert terminal.tolist() == [[0, 0, 2], [3, 0, 0]]
+
+
+@pytest.mark.parametrize("placement", ["token", "terminal"])
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5), seed=st.integers(0, 2**32 - 1))
+def test_rewards_of_an_episode_add_up_to_score_minus_beta_kl(placement: str, lengths: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logp, ref_logp = torch.randn(2, len(lengths), 6, generator=generator, dtype=torch.float64)
+    score, beta = torch.randn(2, len(lengths), generator=generator, dtype=torch.float64)
+    rewards = token_rewards(score, logp, ref_logp, prefix_mask(*lengths, width=6), beta, placement=placement)
+    for row, length in enumerate(lengths):
+        kl = sum((logp[row, t] - ref_logp[row, t]).item() for t in range(length))
+        assert rewards[row].sum().item() == pytest.approx(score[row].item() - beta[row].item() * kl, abs=1e-12)
+        assert rewards[row, length:].eq(0).all()
+
+
+@pytest.mark.parametrize("placement", ["token", "terminal"])
+def test_without_kl_the_score_stands_alone_on_the_last_token_that_counts(placement: str) -> None:
+    zero = torch.zeros(3, 3)
+    rewards = token_rewards(
+        torch.tensor([5.0, 6.0, 7.0]), zero, zero, prefix_mask(3, 2, 1, width=3), 1.0, placement=placement
+    )
+    assert rewards.tolist() == [[0, 0, 5], [0, 6, 0], [7, 0, 0]]
+
+
+def test_unknown_placement() -> None:
+    with pytest.raises(ValueError, match="'token' or 'terminal', got 'sentence'"):
+        token_rewards(SCORE, LOGP, REF_LOGP, REWARD_MASK, 0.5, placement="sentence")
+
+
+def test_last_token() -> None:
+    mask = prefix_mask(3, 1, 2, 0, width=3)
+    assert last_token(mask).int().tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 0, 0]]
+
+
+# --- advantages ------------------------------------------------------------------------------------
+
+
+def test_gae_by_hand() -> None:
+    """Row 0: δ = (1 + ½·4 − 2, 0 + ½·1 − 4, 2 + ½·2 − 1, 4 − 2) = (1, −3.5, 2, 2); each A = δ + ¼ A'."""
+    rewards = f64([1, 0, 2, 4], [0, 3, 77, 77])
+    values = f64([2, 4, 1, 2], [1, 2, 77, 77])
+    advantages = gae(rewards, values, prefix_mask(4, 2, width=4), gamma=0.5, lam=0.5)
+    assert advantages.tolist() == [[0.28125, -2.875, 2.5, 2], [0.25, 1, 0, 0]]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    gamma=st.sampled_from([0.0, 0.7, 0.99, 1.0]),
+    lam=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_gae_equals_the_double_sum(lengths: list[int], gamma: float, lam: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, len(lengths), 7, generator=generator, dtype=torch.float64)
+    advantages = gae(rewards, values, prefix_mask(*lengths, width=7), gamma, lam)
+    for row, length in enumerate(lengths):
+        r, v = rewards[row].tolist(), [*values[row, :length].tolist(), 0.0]
+        for t in range(7):
+            expected = sum((gamma * lam) ** (k - t) * (r[k] + gamma * v[k + 1] - v[k]) for k in range(t, length))
+            assert advantages[row, t].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_gae_limits() -> None:
+    """λ = 1: discounted return minus value; λ = 0: the one-step error."""
+    rewards, values, mask = f64([1, 2, 4]), f64([1, 1, 3]), prefix_mask(3, width=3)
+    assert gae(rewards, values, mask, gamma=0.5, lam=1.0).tolist() == [[2, 3, 1]]  # 1+1+1−1, 2+2−1, 4−3
+    assert gae(rewards, values, mask, gamma=0.5, lam=0.0).tolist() == [[0.5, 2.5, 1]]
+
+
+def test_rewards_placed_on_tokens_or_at_the_end_have_the_same_undiscounted_return() -> None:
+    zero = torch.zeros_like(LOGP)
+    by_token, at_end = (
+        gae(token_rewards(SCORE, LOGP, REF_LOGP, REWARD_MASK, 0.5, placement=p), zero, REWARD_MASK, lam=1.0)[:, 0]
+        for p in ("token", "terminal")
+    )
+    assert by_token.tolist() == at_end.tolist() == [2, 0]
+
+
+# --- losses ----------------------------------------------------------------------------------------
+
+
+def test_the_ppo_clip_is_pessimistic() -> None:
+    """ρ = 3/2, 1/2, 3/2, 1/2 with A = 2, 2, −2, −2: min gives 2.4 (clipped), 1, −3, −1.6 (clipped); mean −0.3."""
+    logp = f64([1.5, 0.5, 1.5, 0.5, 7]).log().requires_grad_()
+    advantages, mask = f64([2, 2, -2, -2, 7]), prefix_mask(4, width=5)
+    loss = ppo_clip_loss(logp, torch.zeros_like(advantages), advantages, mask, clip=0.2)
+    loss.backward()
+    close(loss.detach(), 0.3)
+    close(logp.grad, f64([0, -0.25, 0.75, 0, 0]))  # −ρA/4 where not clipped
+
+
+def test_the_first_ppo_step_is_the_policy_gradient() -> None:
+    logp = f64([-1, -2], [-3, -4]).requires_grad_()
+    loss = ppo_clip_loss(logp, logp.detach(), f64([2, -4], [6, 99]), prefix_mask(2, 1, width=2))
+    loss.backward()
+    close(loss.detach(), -4 / 3)
+    close(logp.grad, f64([-2 / 3, 4 / 3], [-2, 0]))
+
+
+def test_the_value_loss_takes_the_worse_of_clipped_and_unclipped() -> None:
+    """V_old = 0.5, ε = 0.2. V = 1, R = 2: max(1, 1.3²); V = 1, R = 0: max(1, 0.7²); V = 0.6, R = 0: 0.6² twice."""
+    values = f64([1, 1, 0.6, 9]).requires_grad_()
+    mask = prefix_mask(3, width=4)
+    loss = clipped_value_loss(values, f64([0.5, 0.5, 0.5, 9]), f64([2, 0, 0, -9]), mask, clip=0.2)
+    loss.backward()
+    close(loss.detach(), (1.69 + 1 + 0.36) / 6)
+    close(values.grad, f64([0, 1 / 3, 0.2, 0]))  # (V − R)/3 where the clip does not bind
+
+
+# --- the adaptive coefficient ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kl", "factor"),
+    [
+        (6.0, 1.0),
+        (6.6, 1.01),  # 10 % above target, a tenth of the horizon
+        (5.4, 0.99),
+        (60.0, 1.02),  # clipped at +20 %
+        (-60.0, 0.98),  # clipped at −20 %
+    ],
+)
+def test_beta_follows_the_kl(kl: float, factor: float) -> None:
+    assert adaptive_beta_factor(kl, target=6.0, episodes=100, horizon=1000) == pytest.approx(factor, abs=1e-12)
+
+
+# --- sampling --------------------------------------------------------------------------------------
+
+
+def test_inverse_cdf_sampling_by_hand() -> None:
+    log_probs = f64([0.0, 0.5, 0.0, 0.25, 0.25, 0.0]).log().expand(6, 6)
+    uniform = f64([0.0, 0.49, 0.5, 0.74, 0.75, 1 - 2**-53])[0]
+    assert inverse_cdf_sample(log_probs, uniform).tolist() == [1, 1, 3, 3, 4, 4]
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_the_largest_uniform_never_draws_a_forbidden_token(seed: int) -> None:
+    logits = torch.randn(64, 9, generator=torch.Generator().manual_seed(seed)) * 3
+    logits[:, [0, 7, 8]] = -torch.inf
+    for u in (0.0, 1 - 2**-24):
+        drawn = inverse_cdf_sample(logits.log_softmax(-1), torch.full((64,), u))
+        assert ((drawn >= 1) & (drawn <= 6)).all()
+
+
+# --- padding never matters -------------------------------------------------------------------------
+
+MASKED = {
+    "masked_sum": lambda x, y, z, mask: masked_sum(x, mask),
+    "masked_sum by row": lambda x, y, z, mask: masked_sum(x, mask, dim=1),
+    "masked_mean": lambda x, y, z, mask: masked_mean(x, mask),
+    "masked_var": lambda x, y, z, mask: masked_var(x, mask),
+    "whiten": lambda x, y, z, mask: whiten(x, mask),
+    "explained_variance": lambda x, y, z, mask: explained_variance(x, y, mask),
+    "token_rewards token": lambda x, y, z, mask: token_rewards(x[:, 0], x, y, mask, 0.3),
+    "token_rewards terminal": lambda x, y, z, mask: token_rewards(x[:, 0], x, y, mask, 0.3, placement="terminal"),
+    "gae": lambda x, y, z, mask: gae(x, y, mask, 0.9, 0.8),
+    "ppo_clip_loss": lambda x, y, z, mask: ppo_clip_loss(x, y, z, mask),
+    "clipped_value_loss": lambda x, y, z, mask: clipped_value_loss(x, y, z, mask),
+}
+
+
+@pytest.mark.parametrize("poison", [1e6, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", MASKED)
+def test_padding_reaches_neither_results_nor_gradients(name: str, poison: float) -> None:
+    mask = prefix_mask(5, 2, 1, 4, width=5)
+    inputs = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1))
+
+    def run(padding: float) -> tuple[Tensor, list[Tensor | None]]:
+        x, y, z = (torch.where(mask, i, padding).requires_grad_() for i in inputs)
+        result = MASKED[name](x, y, z, mask)
+        weights = torch.arange(1.0, result.numel() + 1).reshape(result.shape)
+        (result * weights).sum().backward()
+        return result.detach(), [x.grad, y.grad, z.grad]
+
+    (clean, clean_grads), (poisoned, poisoned_grads) = run(0.0), run(poison)
+    assert clean.isfinite().all() and torch.equal(clean, poisoned)
+    assert any(g is not None and g.abs().sum() > 0 for g in clean_grads)
+    for expected, grad in zip(clean_grads, poisoned_grads, strict=True):
+        if expected is None:
+            assert grad is None
+        else:
+            assert grad is not None and torch.equal(expected, grad)
+            assert grad[~mask].eq(0).all()

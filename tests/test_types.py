@@ -1,0 +1,245 @@
+"""The sampling law and the rollout: what they compute, what they slice, what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_env.errors import ConfigError
+from rlhf_env.types import RewardModel, Rollout, SamplingLaw
+
+# --- the sampling law ------------------------------------------------------------------------------
+
+
+def probabilities(law: SamplingLaw, weights: list[float], position: int = 0) -> list[float]:
+    """What the law makes of logits log(weights): at temperature 1, proportional to the weights."""
+    logits = torch.tensor(weights, dtype=torch.float64).log()
+    return law.log_probs(logits, torch.tensor(position)).exp().tolist()
+
+
+def test_temperature_divides_the_logits() -> None:
+    assert probabilities(SamplingLaw(3, None), [9, 4, 1]) == pytest.approx([9 / 14, 4 / 14, 1 / 14])
+    assert probabilities(SamplingLaw(3, None, temperature=2.0), [9, 4, 1]) == pytest.approx([3 / 6, 2 / 6, 1 / 6])
+    assert probabilities(SamplingLaw(3, None, temperature=0.5), [3, 2, 1]) == pytest.approx([9 / 14, 4 / 14, 1 / 14])
+
+
+def test_banned_tokens_are_never_written_and_the_rest_share_their_probability() -> None:
+    assert probabilities(SamplingLaw(4, None, banned_tokens=(0, 2)), [5, 1, 7, 3]) == pytest.approx([0, 0.25, 0, 0.75])
+
+
+def test_eos_is_forbidden_until_enough_tokens_are_written() -> None:
+    law = SamplingLaw(3, eos_token_id=2, min_new_tokens=2)
+    logits = torch.tensor([1.0, 3.0, 4.0]).log().expand(2, 4, 3)
+    position = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
+    early, late = [0.25, 0.75, 0.0], [0.125, 0.375, 0.5]
+    expected = torch.tensor([[early, early, late, late], [late, late, early, early]])
+    torch.testing.assert_close(law.log_probs(logits, position).exp(), expected)
+
+
+def test_without_eos_there_is_nothing_to_forbid() -> None:
+    assert probabilities(SamplingLaw(2, eos_token_id=None, min_new_tokens=5), [1, 3]) == pytest.approx([0.25, 0.75])
+
+
+def test_rows_of_a_larger_embedding_are_never_sampled() -> None:
+    log_probs = SamplingLaw(2, None).log_probs(torch.tensor([1.0, 3.0, 100.0, 100.0]).log(), torch.tensor(0))
+    torch.testing.assert_close(log_probs.exp(), torch.tensor([0.25, 0.75]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_precision_is_at_least_float32(dtype: torch.dtype, expected: torch.dtype) -> None:
+    logits = torch.tensor([0.0, 1.0, 3.0], dtype=dtype)  # exact in every dtype
+    log_probs = SamplingLaw(3, None).log_probs(logits, torch.tensor(0))
+    assert log_probs.dtype == expected
+    log_z = math.log(1 + math.e + math.e**3)
+    torch.testing.assert_close(
+        log_probs.double(), torch.tensor([-log_z, 1 - log_z, 3 - log_z]).double(), rtol=0, atol=1e-6
+    )
+
+
+def test_the_raw_logits_are_left_alone() -> None:
+    logits = torch.tensor([1.0, 2.0, 3.0])
+    SamplingLaw(3, 2, temperature=2.0, min_new_tokens=1, banned_tokens=(0,)).log_probs(logits, torch.tensor(0))
+    assert logits.tolist() == [1, 2, 3]
+
+
+@st.composite
+def laws(draw: st.DrawFn) -> SamplingLaw:
+    vocab = draw(st.integers(2, 9))
+    eos = draw(st.none() | st.integers(0, vocab - 1))
+    banned = draw(st.lists(st.integers(0, vocab - 1), unique=True, max_size=vocab - 2))
+    if eos is not None and len({*banned, eos}) == vocab:
+        banned = []
+    temperature = draw(st.floats(0.1, 10))
+    return SamplingLaw(vocab, eos, temperature, draw(st.integers(0, 4)), tuple(banned))
+
+
+@given(law=laws(), positions=st.lists(st.integers(0, 6), min_size=1, max_size=5), seed=st.integers(0, 2**32 - 1))
+def test_allowed_is_where_the_log_probabilities_are_finite(law: SamplingLaw, positions: list[int], seed: int) -> None:
+    logits = torch.randn(len(positions), law.vocab_size + 2, generator=torch.Generator().manual_seed(seed))
+    log_probs = law.log_probs(logits, torch.tensor(positions))
+    assert np.array_equal(law.allowed(np.array(positions)), log_probs.isfinite().numpy())
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(len(positions)))
+
+
+def test_allowed_by_hand() -> None:
+    allowed = SamplingLaw(4, eos_token_id=3, min_new_tokens=1, banned_tokens=(0,)).allowed(np.array([0, 1]))
+    assert allowed.tolist() == [[False, True, True, False], [False, True, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0: greedy decoding"),
+        ({"temperature": -1.0}, "temperature must be positive"),
+        ({"temperature": math.nan}, "temperature must be positive, got nan"),
+        ({"banned_tokens": (1, 3)}, "banned token 3 is outside the vocabulary of 3"),
+        ({"banned_tokens": (-1,)}, "banned token -1 is outside"),
+        ({"banned_tokens": (0, 1, 2)}, "no token is left to write"),
+        ({"banned_tokens": (0, 1), "min_new_tokens": 1}, "no token is left to write: .* EOS before min_new_tokens"),
+        ({"eos_token_id": 3}, "EOS token 3 is outside the vocabulary of 3"),
+        ({"eos_token_id": -1}, "EOS token -1 is outside the vocabulary of 3"),
+    ],
+)
+def test_impossible_laws_are_refused(settings: dict[str, Any], message: str) -> None:
+    defaults: dict[str, Any] = {"vocab_size": 3, "eos_token_id": 2}
+    with pytest.raises(ConfigError, match=message):
+        SamplingLaw(**(defaults | settings))
+
+
+def test_eos_may_be_all_that_is_left_once_it_is_allowed() -> None:
+    assert probabilities(SamplingLaw(3, eos_token_id=2, banned_tokens=(0, 1)), [5, 5, 1]) == [0, 0, 1]
+
+
+# --- the rollout -----------------------------------------------------------------------------------
+
+LAW = SamplingLaw(vocab_size=10, eos_token_id=9)
+FIELDS: dict[str, Any] = {
+    "prompt_ids": torch.tensor([[0, 1], [2, 3], [0, 4]]),
+    "prompt_mask": torch.tensor([[False, True], [True, True], [False, True]]),
+    "response_ids": torch.tensor([[5, 6, 9], [9, 0, 0], [7, 9, 0]]),
+    "response_mask": torch.tensor([[True, True, True], [True, False, False], [True, True, False]]),
+    "logp": torch.tensor([[-1.0, -2.0, -3.0], [-1.0, 50.0, math.nan], [-4.0, -0.5, math.inf]]),
+    "ref_logp": torch.tensor([[-1.5, -1.0, -3.25], [-3.0, 70.0, 0.0], [-4.0, -1.0, math.inf]]),
+    "values": torch.zeros(3, 3),
+    "reward": torch.arange(9.0).reshape(3, 3),
+    "score": torch.tensor([10.0, 20.0, 30.0]),
+    "penalty": torch.tensor([0.0, 1.0, 0.0]),
+    "beta": torch.tensor([0.1, 0.2, 0.3]),
+    "ended": torch.tensor([True, False, True]),
+    "law": LAW,
+}
+
+
+def make_rollout(**changes: Any) -> Rollout:
+    return Rollout(**(FIELDS | changes))
+
+
+def test_prompt_and_response_read_without_a_gap() -> None:
+    rollout = make_rollout()
+    assert rollout.input_ids.tolist() == [[0, 1, 5, 6, 9], [2, 3, 9, 0, 0], [0, 4, 7, 9, 0]]
+    assert rollout.attention_mask.int().tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0]]
+    assert rollout.attention_mask.dtype == torch.bool
+
+
+def test_kl_and_lengths_count_the_response_with_its_eos_and_no_padding() -> None:
+    rollout = make_rollout()
+    assert len(rollout) == 3
+    assert rollout.kl.tolist() == [-0.25, 2.0, 0.5]  # 0.5 − 1 + 0.25; 2; 0 + 0.5
+    assert rollout.lengths.tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("index", "rows"),
+    [
+        (1, [1]),
+        (-1, [2]),
+        (np.int64(1), [1]),
+        (slice(1, None), [1, 2]),
+        (slice(0, 0), []),
+        ([2, 0], [2, 0]),
+        (torch.tensor([2, 2, 1]), [2, 2, 1]),
+        (torch.tensor([True, False, True]), [0, 2]),
+        (np.array([2, 1]), [2, 1]),
+    ],
+)
+def test_indexing_slices_every_field(index: Any, rows: list[int]) -> None:
+    part = make_rollout()[index]
+    assert len(part) == len(rows)
+    assert part.law is LAW
+    for name, whole in FIELDS.items():
+        if name == "law":
+            continue
+        expected = torch.stack([whole[row] for row in rows]) if rows else whole[:0]
+        torch.testing.assert_close(getattr(part, name), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_row_that_is_not_there() -> None:
+    with pytest.raises(IndexError):
+        make_rollout()[3]
+
+
+@pytest.mark.parametrize("name", [n for n in FIELDS if n not in ("law", "prompt_ids", "response_ids")])
+@pytest.mark.parametrize("shape", [(2,), (3, 4), (2, 3), (3, 1), ()])
+def test_a_field_of_the_wrong_shape_is_named(name: str, shape: tuple[int, ...]) -> None:
+    wrong = torch.zeros(shape, dtype=FIELDS[name].dtype)
+    expected = tuple(FIELDS[name].shape)
+    with pytest.raises(ValueError) as error:
+        make_rollout(**{name: wrong})
+    assert str(error.value) == f"Rollout.{name} has shape {shape}, expected {expected}"
+
+
+@pytest.mark.parametrize("name", ["score", "penalty", "beta", "ended"])
+def test_a_number_per_token_where_one_per_episode_belongs(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"Rollout.{name} has shape \(3, 3\), expected \(3,\)"):
+        make_rollout(**{name: torch.zeros(3, 3, dtype=FIELDS[name].dtype)})
+
+
+@pytest.mark.parametrize("name", ["prompt_ids", "response_ids"])
+def test_ids_of_a_single_episode_need_a_batch_axis(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"Rollout.{name} has shape \(3,\), expected \[B, tokens\]"):
+        make_rollout(**{name: torch.tensor([1, 2, 3])})
+
+
+@pytest.mark.parametrize("name", ["prompt_mask", "response_mask", "ended"])
+def test_masks_are_bool(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"Rollout.{name} must be bool \(True = counts\), got torch.int64"):
+        make_rollout(**{name: FIELDS[name].long()})
+
+
+def test_a_rollout_is_never_changed() -> None:
+    rollout = make_rollout()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(rollout, "score", torch.zeros(3))  # noqa: B010
+
+
+def test_moving_to_a_device_moves_every_field() -> None:
+    moved = make_rollout().to("meta")
+    assert {getattr(moved, name).device.type for name in FIELDS if name != "law"} == {"meta"}
+    assert moved.law is LAW
+
+
+# --- the Protocols ---------------------------------------------------------------------------------
+
+
+def test_anything_with_a_score_method_is_a_reward_model() -> None:
+    class Length:
+        def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+            return np.array([float(len(r)) for r in responses])
+
+    assert isinstance(Length(), RewardModel)
+    assert not isinstance(len, RewardModel)
