@@ -1,0 +1,1 @@
+"""Run folders, checkpoints, strict JSONL, and text made safe to show."""
