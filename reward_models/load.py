@@ -1,0 +1,76 @@
+"""A reward model from the one word that a command line or a config file gives."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_env.errors import ConfigError
+from rlhf_env.types import RewardModel
+
+_BUILT_IN = ("vader",)
+
+
+def load_reward(spec: str, *, device: torch.device | str = "cpu") -> RewardModel | Callable[..., Any]:
+    """The reward model that `spec` names.
+
+    "vader"; "package.module:name" of a function, an object with `score`, or a class made without arguments (the
+    current directory is importable); or the folder of a Hugging Face sequence classifier, "folder:label" where it has
+    several labels. `device` is where a classifier runs.
+    """
+    if spec == "vader":
+        from rlhf_env.reward_models.vader import VaderReward
+
+        return VaderReward()
+    head, _, tail = spec.rpartition(":")
+    for folder, label in ((spec, None), (head, tail)):
+        if folder and (Path(folder) / "config.json").is_file():
+            from rlhf_env.reward_models.classifier import ClassifierReward
+
+            return ClassifierReward(folder, label=label, device=device)
+    if spec and Path(spec).is_dir():
+        raise ConfigError(f"the folder {spec!r} holds no config.json, so it is not a saved sequence classifier")
+    if head and tail:
+        return _imported(head, tail)
+    close = get_close_matches(spec.lower(), _BUILT_IN, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(
+        f"unknown reward model {spec!r}.{hint} Known are {', '.join(map(repr, _BUILT_IN))}, 'module:function', "
+        "'module:Class', and the folder of a sequence classifier"
+    )
+
+
+def _imported(module_name: str, name: str) -> Any:
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the module raises while it is imported
+        raise ConfigError(
+            f"reward model '{module_name}:{name}': cannot import {module_name!r} (from {here} or the installed "
+            f"packages): {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        sys.path.remove(here)
+    found = getattr(module, name, None)
+    if inspect.isclass(found):
+        try:
+            found = found()
+        except TypeError as error:
+            raise ConfigError(
+                f"reward model '{module_name}:{name}': the class cannot be made without arguments ({error}); name a "
+                "function that makes the scores, or an object, instead"
+            ) from error
+    if not callable(found) and not callable(getattr(found, "score", None)):
+        close = get_close_matches(name, [n for n in vars(module) if not n.startswith("_")], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        problem = "has no such name" if not hasattr(module, name) else "has it, but it is no function and has no score"
+        raise ConfigError(f"reward model '{module_name}:{name}': the module {problem}{hint}")
+    return found

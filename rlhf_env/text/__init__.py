@@ -1,0 +1,1 @@
+"""Tokenizers, prompt sources and the built-in corpus."""
