@@ -1,0 +1,1 @@
+"""Language models with a value head, cached decoding and the frozen reference."""

@@ -1,0 +1,219 @@
+"""A Hugging Face causal language model with a value head, as a policy over next tokens."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PretrainedConfig
+
+from rlhf_env.errors import ConfigError, TokenizerError
+from rlhf_env.functional import entropy, gather_logp
+from rlhf_env.models.decoding import CachedDecoder
+from rlhf_env.types import Rollout, SamplingLaw
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+class CausalLM(nn.Module):
+    """Any Hugging Face causal model plus a linear value head on its last hidden state.
+
+    Dropout never turns on: a policy that samples without it and learns with it has a first ratio far from 1.
+    The value head starts at zero, so before training every value is 0.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        super().__init__()
+        config: PretrainedConfig = model.config  # type: ignore[assignment]
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        if len(tokenizer) > embedding.weight.shape[0]:
+            raise TokenizerError(
+                f"the tokenizer has {len(tokenizer)} tokens but the model's embedding only {embedding.weight.shape[0]} "
+                "rows: this is not the model's own tokenizer, or tokens were added without resize_token_embeddings"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.value_head = nn.Linear(config.get_text_config().hidden_size, 1, device=embedding.weight.device)
+        # Values are small numbers learned from noise: float32 even where the body is bfloat16.
+        if embedding.weight.dtype == torch.float64:
+            self.value_head.double()
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, device: str = "cpu", dtype: str = "float32", attention: str | None = None
+    ) -> Self:
+        """Load a Hugging Face folder or hub name, and the value head where the folder holds one.
+
+        Weights are read from safetensors only, and no code from the folder is run. `attention` names the attention
+        implementation ("eager" for algorithms that differentiate twice). Raises `ConfigError` where there is no such
+        model, or where weights are missing from it.
+        """
+        name = os.fspath(name)
+        folder = Path(name)
+        if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
+            raise ConfigError(f"there is no folder {name}")
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise ConfigError(f"{name} is not a Hugging Face model folder: it has no config.json")
+        try:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=parse_dtype(dtype),
+                attn_implementation=attention,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"cannot load a causal language model from {name}: {str(error).splitlines()[0]}"
+            ) from error
+        if missing := sorted(loading["missing_keys"]):
+            raise ConfigError(f"{name} lacks the weights {', '.join(missing[:5])}: they would be random")
+        policy = cls(model.to(device), tokenizer)
+        if (folder / VALUE_HEAD_FILE).is_file():
+            policy.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE, device=device))
+        return policy
+
+    @classmethod
+    def from_config(
+        cls, config: PretrainedConfig, tokenizer: Any, *, seed: int = 0, device: str = "cpu", dtype: str = "float32"
+    ) -> Self:
+        """A model of the given architecture with random weights that depend only on `seed`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config)
+        return cls(model.to(device=device, dtype=parse_dtype(dtype)), tokenizer)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a Hugging Face folder (safetensors, tokenizer) with the value head beside it."""
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(folder)
+        save_file({k: v.contiguous() for k, v in self.value_head.state_dict().items()}, Path(folder) / VALUE_HEAD_FILE)
+
+    def frozen_copy(self) -> Self:
+        """The same model as a reference: its own weights, which no optimizer can change."""
+        return copy.deepcopy(self).requires_grad_(False)
+
+    def freeze_layers(self, k: int) -> Self:
+        """Keep the embeddings and the first `k` blocks as they are."""
+        blocks = self._blocks()
+        if not 0 <= k <= len(blocks):
+            raise ConfigError(f"cannot freeze {k} of {len(blocks)} layers")
+        if k > 0:
+            embeddings = [m for m in self.model.modules() if isinstance(m, nn.Embedding)]
+            for module in [*embeddings, *blocks[:k]]:
+                module.requires_grad_(False)
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Ignored: the model stays in evaluation mode, because dropout would make the policy two policies."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.value_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of log-probabilities: float64 for a float64 model, else float32."""
+        return self.value_head.weight.dtype
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that prompt and response may have together, where the model has a limit."""
+        config = self.model.config.get_text_config()  # type: ignore[union-attr]
+        return getattr(config, "max_position_embeddings", None)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        keep: int = 0,
+        cache: Cache | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Raw logits [B, K, V] and values [B, K] of the last K = `keep` columns (0: all).
+
+        `attention_mask` [B, L] may have padding on either side. Positions count real tokens, because a model with
+        absolute positions scores a left-padded row wrongly otherwise (5 nats per token on GPT-2).
+        """
+        if position_ids is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        extra = {"logits_to_keep": keep} if self._keeps_last and keep else {}
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask.long(),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            output_hidden_states=True,
+            return_dict=True,
+            **extra,
+        )
+        hidden = output.hidden_states[-1][:, -keep:]
+        values = self.value_head(hidden.to(self.dtype)).squeeze(-1)
+        return output.logits[:, -keep:], values
+
+    def response_log_probs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Teacher-forced log-probabilities [B, T, V] under `rollout.law`, and values [B, T], before each token."""
+        t = rollout.response_ids.shape[1]
+        logits, values = self(rollout.input_ids, rollout.attention_mask, keep=t + 1)
+        positions = torch.arange(t, device=logits.device).expand(len(rollout), t)
+        return rollout.law.log_probs(logits[:, :-1], positions), values[:, :-1]
+
+    def evaluate(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability, value and entropy at every response token, each [B, T], with gradient."""
+        log_probs, values = self.response_log_probs(rollout)
+        return gather_logp(log_probs, rollout.response_ids), values, entropy(log_probs)
+
+    def decoder(self, num_rows: int, law: SamplingLaw) -> CachedDecoder:
+        """A cached decoder of `num_rows` rows that grow and restart independently."""
+        return CachedDecoder(self, num_rows, law)
+
+    @torch.no_grad()
+    def action_log_probs(
+        self, observation: Mapping[str, NDArray[Any]], actions: NDArray[np.int64], law: SamplingLaw
+    ) -> NDArray[np.floating]:
+        """log π of `actions` [N] in the environment's observations (arrays [N, L]), as `bind_policy` wants them."""
+        tensors = {k: torch.as_tensor(np.asarray(v), device=self.device) for k, v in observation.items()}
+        ids, mask = left_padded(tensors["input_ids"], tensors["attention_mask"].bool())
+        logits, _ = self(ids, mask, keep=1)
+        log_probs = law.log_probs(logits[:, -1], tensors["response_mask"].sum(1))
+        return gather_logp(log_probs, torch.as_tensor(actions, device=self.device)).cpu().numpy()
+
+    def _blocks(self) -> Sequence[nn.Module]:
+        count = self.model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
+        for module in self.model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return list(module)
+        raise ConfigError(f"cannot find the {count} layers of {type(self.model).__name__}")
+
+
+def left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the padding of right-padded rows [B, L] to the left, and drop columns that no row uses."""
+    width = int(mask.sum(1).max())
+    columns = torch.arange(width, device=ids.device) - (width - mask.sum(1, keepdim=True))  # [B, width], < 0: padding
+    return ids.gather(1, columns.clamp(min=0)), columns >= 0
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype called `name`: float32, float64, bfloat16 or float16."""
+    dtypes = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ConfigError(f"dtype must be one of {', '.join(dtypes)}, got {name!r}")
+    return dtypes[name]

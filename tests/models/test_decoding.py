@@ -1,0 +1,164 @@
+"""Cached decoding equals uncached decoding, and a response depends on its own prompt and seed only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_env.errors import NonFiniteError
+from rlhf_env.functional import inverse_cdf_sample
+from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.models.decoding import CachedDecoder, FullContextDecoder, Samples, sample_responses
+from rlhf_env.types import SamplingLaw
+from tests.builders import make_rollout, random_model
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 1, 2, 3, 4], [2, 2], [7, 1], [3], [6, 5, 4, 3, 2], [1]]
+
+
+class Uncached:
+    """A policy whose decoder is the oracle."""
+
+    def __init__(self, policy: CausalLM) -> None:
+        self.policy = policy
+
+    def decoder(self, num_rows: int, law: SamplingLaw) -> FullContextDecoder:
+        return FullContextDecoder(self.policy, num_rows, law)
+
+
+def sample(policy, prompts=PROMPTS, *, num_rows=3, max_new_tokens=12, law=None, **kwargs) -> Samples:
+    law = law or SamplingLaw(11, 9, min_new_tokens=1)
+    seeds = [[0, i] for i in range(len(prompts))]
+    return sample_responses(
+        policy, prompts, law, max_new_tokens=max_new_tokens, seeds=seeds, num_rows=num_rows, **kwargs
+    )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-10)])
+def test_cached_equals_uncached_through_refills(family, dtype, tolerance):
+    policy = random_model(family, dtype=dtype)
+    cached, oracle = sample(policy), sample(Uncached(policy), num_rows=2)
+    assert torch.equal(cached.response_ids, oracle.response_ids)
+    torch.testing.assert_close(cached.logp, oracle.logp, atol=tolerance, rtol=0)
+    torch.testing.assert_close(cached.values, oracle.values, atol=tolerance, rtol=0)
+    assert len(set(cached.response_mask.sum(1).tolist())) > 2, "rows must finish at different times to test refills"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_log_probs_and_values_equal_the_teacher_forced_pass(family):
+    """The first ratio of PPO is 1: what the sampler says is what the update's forward says, values included."""
+    policy = random_model(family)
+    torch.nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(0))
+    drawn = sample(policy, law=SamplingLaw(11, 9, temperature=0.7, banned_tokens=(8, 10)))
+    responses = [ids[mask].tolist() for ids, mask in zip(drawn.response_ids, drawn.response_mask, strict=True)]
+    rollout = make_rollout(policy, PROMPTS, responses)
+    object.__setattr__(rollout, "law", SamplingLaw(11, 9, temperature=0.7, banned_tokens=(8, 10)))
+    logp, values, _ = policy.evaluate(rollout)
+    mask = drawn.response_mask
+    torch.testing.assert_close(drawn.logp[mask], logp[mask], atol=1e-4, rtol=0)
+    torch.testing.assert_close(drawn.values[mask], values[mask], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 8])
+def test_the_number_of_rows_changes_no_response(num_rows):
+    policy = random_model("llama", dtype="float64")
+    one, many = sample(policy, num_rows=1), sample(policy, num_rows=num_rows)
+    assert torch.equal(one.response_ids, many.response_ids)
+    assert torch.equal(one.ended, many.ended)
+
+
+def test_permuting_prompts_permutes_responses():
+    policy, order = random_model("gpt2", dtype="float64"), [3, 1, 7, 0, 2, 6, 5, 4]
+    seeds = [[0, i] for i in range(8)]
+    arguments = {"max_new_tokens": 10, "num_rows": 3}
+    law = SamplingLaw(11, 9)
+    straight = sample_responses(policy, PROMPTS, law, seeds=seeds, **arguments)
+    shuffled = sample_responses(policy, [PROMPTS[i] for i in order], law, seeds=[seeds[i] for i in order], **arguments)
+    assert torch.equal(straight.response_ids[order], shuffled.response_ids)
+
+
+def test_refilled_rows_are_not_a_sample_of_the_short():
+    """All prompts are answered: the length distribution is that of decoding every prompt in a row of its own."""
+    policy = random_model("gpt2", dtype="float64")
+    prompts = [PROMPTS[i % 8] for i in range(64)]
+    refilled, lockstep = sample(policy, prompts, num_rows=4), sample(policy, prompts, num_rows=64)
+    assert torch.equal(refilled.response_mask, lockstep.response_mask)
+
+
+def test_the_mask_is_true_up_to_and_including_eos():
+    drawn = sample(random_model("gpt2"))
+    for ids, mask, ended in zip(drawn.response_ids, drawn.response_mask, drawn.ended, strict=True):
+        kept = ids[mask].tolist()
+        assert 9 not in kept[:-1]
+        assert (kept[-1] == 9) == bool(ended)
+        assert ended or len(kept) == 12
+
+
+def test_stop_may_end_a_response():
+    drawn = sample(random_model("gpt2"), stop=lambda prompt, ids: len(ids) == 2)
+    assert drawn.ended.all()
+    assert drawn.response_mask.sum(1).max() == 2
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_token_frequencies_match_the_log_probs(temperature):
+    """10⁵ draws from one state, each count within 4.5 standard errors of what the log-probabilities say."""
+    policy = random_model("gpt2")
+    law = SamplingLaw(11, 9, temperature=temperature, banned_tokens=(10,))
+    decoder = CachedDecoder(policy, 1, law)
+    decoder.start([0], [[1, 2, 3]])
+    n = 100_000
+    uniform = torch.from_numpy(np.random.default_rng(0).random(n, dtype=np.float32))
+    counts = torch.bincount(inverse_cdf_sample(decoder.log_probs.expand(n, -1), uniform), minlength=11).double()
+    p = decoder.log_probs[0].double().exp()
+    error = (counts / n - p).abs() / (p * (1 - p) / n).clamp(min=1e-18).sqrt()
+    assert counts[10] == 0
+    assert error[p > 1e-6].max() < 4.5
+
+
+def test_inverse_cdf_by_hand():
+    log_probs = torch.tensor([0.25, 0.0, 0.5, 0.25, 0.0]).log()
+    uniform = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-24])
+    assert inverse_cdf_sample(log_probs.expand(6, -1), uniform).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+def test_greedy_is_the_argmax_of_the_uncached_path():
+    policy = random_model("llama", dtype="float64")
+    greedy = sample(policy, greedy=True)
+    oracle = sample(Uncached(policy), greedy=True)
+    assert torch.equal(greedy.response_ids, oracle.response_ids)
+
+
+def test_nan_weights_stop_the_sampler_with_the_prompt_named():
+    policy = random_model("gpt2")
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight[4] = torch.nan  # type: ignore[operator]
+    with pytest.raises(NonFiniteError, match="not finite for prompt [0-9]+ at response token"):
+        sample(policy)
+
+
+def test_published_greedy_text_of_a_real_model(shared_data: Path):
+    expected = json.loads((shared_data / "expected/stories260k.json").read_text())
+    policy = CausalLM.from_pretrained(shared_data / "models/stories260k-llama")
+    ids = expected["greedy_token_ids_500"]
+    drawn = sample_responses(
+        policy, [ids[:1]], SamplingLaw(512, None), max_new_tokens=len(ids) - 1, seeds=[[0]], greedy=True
+    )
+    assert drawn.response_ids[0].tolist() == ids[1:]
+    text = policy.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert text.startswith(expected["published_greedy_text"])
+
+
+@pytest.mark.parametrize("model", ["stories260k-llama", "rt-gpt2-1M"])
+def test_real_models_cached_equals_uncached(shared_data: Path, model):
+    policy = CausalLM.from_pretrained(shared_data / "models" / model)
+    law = SamplingLaw(len(policy.tokenizer), policy.tokenizer.eos_token_id)
+    prompts = [[5, 6, 7], [300, 8], [9, 10, 11, 12, 13], [400]]
+    cached, oracle = (sample(p, prompts, law=law, num_rows=2, max_new_tokens=24) for p in (policy, Uncached(policy)))
+    assert torch.equal(cached.response_ids, oracle.response_ids)
+    torch.testing.assert_close(cached.logp, oracle.logp, atol=1e-4, rtol=0)
