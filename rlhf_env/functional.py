@@ -66,6 +66,7 @@ def entropy(log_probs: Tensor) -> Tensor:
 
 # --- KL divergence ---------------------------------------------------------------------------------
 # Estimators of KL(π ‖ ref) from tokens sampled by π: Schulman, http://joschu.net/blog/kl-approx.html.
+# Before using one as a loss, set the padding of both inputs to 0: a padded −∞ would reach the gradient.
 
 
 def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ class CausalLM(nn.Module):
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.value_head = nn.Linear(config.get_text_config().hidden_size, 1, device=embedding.weight.device)
+        size = config.get_text_config().hidden_size
+        self.value_head = nn.utils.skip_init(nn.Linear, size, 1, device=embedding.weight.device)
         # Values are small numbers learned from noise: float32 even where the body is bfloat16.
         if embedding.weight.dtype == torch.float64:
             self.value_head.double()

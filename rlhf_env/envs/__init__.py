@@ -1,0 +1,1 @@
+"""The token MDP and its Gymnasium views."""

@@ -1,0 +1,47 @@
+"""Finding the token MDP inside wrappers, to tell it whose log-probabilities to charge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_env.envs.core import Observation, TokenMDP
+from rlhf_env.errors import ConfigError
+
+
+def find_cores(env: Any) -> list[TokenMDP]:
+    """The state machines inside an environment, a vector of environments, or wrappers of either.
+
+    One for a batched environment, one per environment for `SyncVectorEnv` and `DummyVecEnv`. Raises `ConfigError`
+    where they live in other processes or are not ours.
+    """
+    if hasattr(env, "venv"):  # a Stable-Baselines3 wrapper
+        return find_cores(env.venv)
+    inner = getattr(env, "unwrapped", env)
+    if isinstance(core := getattr(inner, "core", None), TokenMDP):
+        return [core]
+    if type(inner).__name__ in ("AsyncVectorEnv", "SubprocVecEnv"):
+        raise ConfigError(
+            f"{type(inner).__name__} keeps its environments in other processes, where no policy can be reached: use "
+            "gym.make_vec(id, num_envs=n), which batches in this process and is faster, or kl_mode='off'"
+        )
+    if envs := getattr(inner, "envs", None):
+        return [core for each in envs for core in find_cores(each)]
+    raise ConfigError(f"there is no text-generation environment inside {type(env).__name__}")
+
+
+def bind_policy(env: Any, policy: Callable[[Observation, NDArray[np.int64]], Any] | Any) -> None:
+    """Charge `env` the KL of this policy from here on.
+
+    `policy` is a function (observation, actions) → log π of the actions, [N]: the observation is the batched one
+    (arrays [N, L]), the actions those just given to `step`. A `CausalLM` may be given itself. `env` may be wrapped.
+    """
+    for core in find_cores(env):
+        if hasattr(policy, "action_log_probs"):
+            law = core.task.law
+            core.bind(lambda obs, actions, law=law: policy.action_log_probs(obs, actions, law))
+        else:
+            core.bind(policy)

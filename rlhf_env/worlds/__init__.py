@@ -1,0 +1,1 @@
+"""Registered tasks with a known truth."""

@@ -1,0 +1,423 @@
+"""The token MDP: states, ends, rewards and log-probabilities, as a specification."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+import rlhf_env
+from rlhf_env.envs.beta import AdaptiveBeta
+from rlhf_env.envs.binding import bind_policy, find_cores
+from rlhf_env.envs.single import TextGenerationEnv
+from rlhf_env.errors import (
+    ConfigError,
+    EmptyPromptError,
+    MissingLogProbError,
+    PromptTooLongError,
+    RewardError,
+    TokenizerError,
+    UnboundPolicyWarning,
+)
+from rlhf_env.text.tokenizers import char_tokenizer
+from tests.builders import PROMPTS, letter_score, make_envs, random_model
+
+EOS = 9  # of char_tokenizer("abcdefgh"): a … h are 0 … 7, then <bos> <eos> <pad>
+
+
+def single(**kwargs) -> TextGenerationEnv:
+    reference = kwargs.pop("reference", random_model())
+    defaults = {
+        "prompts": PROMPTS,
+        "tokenizer": char_tokenizer("abcdefgh"),
+        "reward_model": letter_score,
+        "reference": reference,
+        "beta": 0.3 if reference else 0.0,
+        "max_new_tokens": 6,
+    }
+    return TextGenerationEnv(**(defaults | kwargs))
+
+
+def play(env: TextGenerationEnv, actions: list[int], prompt: str = "ab", seed: int = 0):
+    """Step through one episode; returns rewards, last (terminated, truncated) and last info."""
+    env.reset(seed=seed, options={"prompt": prompt})
+    rewards, ends, info = [], (False, False), {}
+    for action in actions:
+        assert ends == (False, False)
+        _, reward, *ends, info = env.step(action)
+        rewards.append(reward)
+        ends = tuple(ends)
+    return rewards, ends, info
+
+
+# --- states ----------------------------------------------------------------------------------------
+
+
+def test_observation_by_hand():
+    env = single(kl_mode="off")
+    env.reset(seed=0, options={"prompt": "cab"})
+    observation, *_ = env.step(4)
+    # max_prompt_tokens is 6 (the longest prompt, "efghab"), so L = 12; <pad> is 10
+    assert observation["input_ids"].tolist() == [2, 0, 1, 4] + [10] * 8
+    assert observation["attention_mask"].tolist() == [1] * 4 + [0] * 8
+    assert observation["response_mask"].tolist() == [0] * 3 + [1] + [0] * 8
+    assert observation in env.observation_space
+
+
+def test_returned_arrays_are_the_callers():
+    envs = make_envs(2, kl_mode="off")
+    observation, _ = envs.reset(seed=0)
+    observation["input_ids"][:] = 7
+    again, *_ = envs.step(np.array([1, 2]))
+    assert (again["input_ids"] != 7).any()
+
+
+def test_reset_with_a_seed_repeats_the_prompts():
+    env = single(kl_mode="off")
+    first = [env.reset(seed=3)[0]["input_ids"].tolist()] + [env.reset()[0]["input_ids"].tolist() for _ in range(5)]
+    second = [env.reset(seed=3)[0]["input_ids"].tolist()] + [env.reset()[0]["input_ids"].tolist() for _ in range(5)]
+    assert first == second
+    assert len(set(map(tuple, first))) > 1
+
+
+# --- ends ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("actions", "penalty", "reason"),
+    [
+        ([1, 2, EOS], 0.0, "eos"),
+        ([EOS], 0.0, "eos"),
+        ([1, 2, 3, 4, 5, 6], 2.5, "length"),
+        ([1, 2, 3, 4, 5, EOS], 0.0, "eos"),  # EOS as the very last token still is an EOS
+    ],
+)
+@pytest.mark.parametrize("prompt", ["ab", "a"])
+def test_where_episodes_end_and_what_it_costs(actions, penalty, reason, prompt):
+    rewards, ends, info = play(single(beta=0.0, missing_eos_penalty=2.5), actions, prompt)
+    assert ends == (True, False)
+    assert info["stop_reason"] == reason
+    assert info["penalty"] == penalty
+    assert info["response_length"] == len(actions)
+    text = "".join("abcdefgh"[a] for a in actions if a != EOS)
+    assert info["score"] == pytest.approx(letter_score([prompt], [text])[0])
+    assert rewards[-1] == pytest.approx(info["score"] - penalty)
+    assert not any(rewards[:-1])
+
+
+def test_a_stop_string_ends_the_response_across_token_borders():
+    _, ends, info = play(single(beta=0.0, stop_strings=("cde",), missing_eos_penalty=9.0), [1, 2, 3, 4])
+    assert ends == (True, False)
+    assert (info["stop_reason"], info["penalty"]) == ("stop_string", 0.0)
+
+
+def test_eos_written_in_a_prompt_is_text_that_this_alphabet_lacks():
+    with pytest.raises(TokenizerError):
+        single().reset(options={"prompt": "<eos>"})
+
+
+def test_truncation_is_neither_scored_nor_penalised():
+    env = single(beta=0.0, length_limit="truncate", missing_eos_penalty=1.0)
+    rewards, ends, info = play(env, [1, 2, 3, 4, 5, 6])
+    assert ends == (False, True)
+    assert "score" not in info and sum(rewards) == 0.0
+
+
+def test_without_eos_only_the_length_ends_it():
+    env = single(tokenizer=char_tokenizer("abcdefghijk", special=False), stop_at_eos=False)
+    bind_policy(env, lambda obs, actions: np.zeros(1))
+    _, ends, info = play(env, [EOS] * 6)
+    assert ends == (True, False) and info["stop_reason"] == "length"
+
+
+def test_stepping_a_finished_episode_says_reset():
+    env = single(kl_mode="off")
+    play(env, [EOS])
+    with pytest.raises(RuntimeError, match="reset it first"):
+        env.step(1)
+
+
+@pytest.mark.parametrize("action", [-1, 11])
+def test_an_action_outside_the_vocabulary(action):
+    env = single(kl_mode="off")
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="outside the vocabulary of 11"):
+        env.step(action)
+
+
+def test_float_actions_are_refused():
+    env = single(kl_mode="off")
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="integers"):
+        env.step(1.0)
+
+
+def test_forbidden_actions_are_refused_and_masked():
+    env = single(kl_mode="off", banned_tokens=(8, 10), min_new_tokens=1)
+    env.reset(seed=0)
+    assert env.action_masks().tolist() == [True] * 8 + [False, False, False]
+    with pytest.raises(ValueError, match="action_masks"):
+        env.step(EOS)
+    env.step(0)
+    assert env.action_masks()[EOS]
+
+
+# --- rewards ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["token", "terminal"])
+@pytest.mark.parametrize("actions", [[1, 2, 3, 4, 5, 6], [4, 4, EOS], [EOS]])
+def test_rewards_sum_to_score_minus_beta_kl_minus_penalty(placement, actions):
+    env = single(kl_placement=placement, missing_eos_penalty=0.7)
+    policy = random_model(seed=1)
+    bind_policy(env, policy)
+    rewards, _, info = play(env, actions)
+    assert info["kl"] != 0
+    assert sum(rewards) == pytest.approx(info["score"] - 0.3 * info["kl"] - info["penalty"], abs=1e-9)
+    if placement == "terminal":
+        assert not any(rewards[:-1])
+
+
+def test_the_kl_is_that_of_the_two_models():
+    """Against the Hugging Face models themselves, one unpadded row."""
+    reference, policy = random_model(seed=0), random_model(seed=1)
+    env = single(reference=reference)
+    bind_policy(env, policy)
+    _, _, info = play(env, [4, 2, EOS], prompt="ab")
+    ids = torch.tensor([[0, 1, 4, 2, EOS]])
+    logp, ref_logp = (
+        m.model(ids).logits[0, 1:-1].log_softmax(-1).gather(-1, ids[0, 2:, None]).sum().item()  # type: ignore[operator]
+        for m in (policy, reference)
+    )
+    assert info["kl"] == pytest.approx(logp - ref_logp, abs=1e-4)
+
+
+def test_reference_mode_pays_beta_log_ref():
+    rewards, _, info = play(single(kl_mode="reference"), [4, 2, EOS])
+    ref = sum(rewards) - info["score"]
+    bound = single()
+    bind_policy(bound, lambda obs, actions: np.zeros(1))  # a deterministic policy: log π = 0
+    same, _, _ = play(bound, [4, 2, EOS])
+    assert ref < 0
+    assert sum(rewards) == pytest.approx(sum(same), abs=1e-12)
+    assert "kl" not in info and "logp" not in info
+
+
+def test_observe_mode_reports_the_kl_and_charges_nothing():
+    env = single(kl_mode="observe")
+    bind_policy(env, random_model(seed=1))
+    rewards, _, info = play(env, [4, 2, EOS])
+    assert info["kl"] != 0
+    assert sum(rewards) == info["score"]
+
+
+def test_policy_equal_to_reference_has_no_kl_under_any_law():
+    model = random_model()
+    env = single(reference=model, temperature=0.6, min_new_tokens=3, banned_tokens=(8, 10))
+    bind_policy(env, model)
+    _, _, info = play(env, [1, 2, 3, EOS])
+    assert info["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_unbound_the_kl_is_that_of_a_uniform_policy_and_one_warning_says_so():
+    env = single(banned_tokens=(8, 10))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, _, first = play(env, [4, 2, EOS])
+        play(env, [4, 2, EOS])
+    assert [w.category for w in caught] == [UnboundPolicyWarning]
+    assert first["logp"] == pytest.approx(-np.log(9))
+    assert caught[0].filename == __file__, "the warning points at the caller's step"
+
+
+def test_beta_zero_equals_no_reference():
+    with_reference, without = single(beta=0.0), single(reference=None)
+    for env in (with_reference, without):
+        bind_policy(env, lambda obs, actions: np.full(1, -1.0))
+    assert play(with_reference, [4, 2, EOS])[0] == play(without, [4, 2, EOS])[0]
+
+
+def test_beta_is_fixed_at_reset_and_adapts_between_episodes():
+    env = single(beta=AdaptiveBeta(initial=0.1, target=1.0, horizon=10))
+    bind_policy(env, lambda obs, actions: np.zeros(1))  # KL far above the target: the error is clipped to +20 %
+    _, info = env.reset(seed=0)
+    assert info["beta"] == 0.1
+    _, _, last = play(env, [4, 2, EOS])
+    assert last["beta"] == pytest.approx(0.1)
+    assert env.beta == pytest.approx(0.1 * 1.02)
+    assert env.reset()[1]["beta"] == pytest.approx(0.102)
+
+
+@pytest.mark.parametrize("scores", [[float("nan")], [1.0, 2.0], "x", [None]])
+def test_a_broken_reward_model_stops_the_step(scores):
+    env = single(kl_mode="off", reward_model=lambda prompts, responses: scores)
+    with pytest.raises(RewardError):
+        play(env, [EOS])
+
+
+# --- where log π comes from ------------------------------------------------------------------------
+
+
+def test_push_and_bind_are_bitwise_equal():
+    policy = random_model(seed=1)
+    bound, pushed = make_envs(4), make_envs(4)
+    bind_policy(bound, policy)
+    obs, _ = bound.reset(seed=0)
+    other, _ = pushed.reset(seed=0)
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        actions = rng.integers(0, 11, 4)
+        pushed.push_logprobs(policy.action_log_probs(other, actions, pushed.task.law), actions)
+        obs, r1, *_ = bound.step(actions)
+        other, r2, *_ = pushed.step(actions)
+        assert (r1 == r2).all()
+
+
+def test_a_stale_push_names_the_environment():
+    envs = make_envs(2)
+    envs.reset(seed=0)
+    envs.push_logprobs([-1.0, -1.0], [3, 4])
+    with pytest.raises(MissingLogProbError, match="told action 4 for environment 1, but 5"):
+        envs.step(np.array([3, 5]))
+
+
+def test_a_push_is_consumed_once():
+    envs = make_envs(2)
+    envs.reset(seed=0)
+    envs.push_logprobs([-1.0, -1.0], [3, 4])
+    envs.step(np.array([3, 4]))
+    with pytest.raises(MissingLogProbError, match="before every step"):
+        envs.step(np.array([3, 4]))
+
+
+def test_a_row_that_is_only_reset_ignores_its_push():
+    envs = make_envs(2, autoreset_mode=AutoresetMode.NEXT_STEP)
+    envs.reset(seed=0)
+    envs.push_logprobs([-1.0, -1.0], [EOS, 4])
+    _, _, terminated, *_ = envs.step(np.array([EOS, 4]))
+    assert terminated.tolist() == [True, False]
+    envs.push_logprobs([np.nan, -1.0], [0, 4])
+    observation, reward, *_ = envs.step(np.array([7, 4]))  # 7 is ignored
+    assert reward[0] == 0.0
+    assert not observation["response_mask"][0].any()
+
+
+def test_a_log_probability_that_is_not_finite():
+    envs = make_envs(2)
+    envs.reset(seed=0)
+    envs.push_logprobs([-1.0, -np.inf], [3, 4])
+    with pytest.raises(MissingLogProbError, match="environment 1 is -inf"):
+        envs.step(np.array([3, 4]))
+
+
+def test_bind_policy_goes_through_wrappers_and_refuses_other_processes():
+    env = gym.make("rlhf_env/TextGeneration-v0")
+    vector = gym.make_vec("rlhf_env/TextGeneration-v0", num_envs=2)
+    sync = gym.make_vec("rlhf_env/TextGeneration-v0", num_envs=2, vectorization_mode="sync")
+    assert [len(find_cores(e)) for e in (gym.wrappers.RecordEpisodeStatistics(env), vector, sync)] == [1, 1, 2]
+    with pytest.raises(ConfigError, match="no text-generation environment inside"):
+        find_cores(gym.make("CartPole-v1"))
+    bind_policy(gym.wrappers.vector.RecordEpisodeStatistics(vector), lambda obs, actions: np.zeros(2))
+    vector.reset(seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vector.step(np.array([1, 2]))
+
+
+# --- many at once ----------------------------------------------------------------------------------
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, np.ndarray) and a.dtype == object:
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, (np.ndarray, float, np.floating)) and np.asarray(a).dtype.kind == "f":
+        return np.allclose(a, b, atol=1e-5, rtol=0)
+    return type(a) is type(b) and bool(np.all(a == b)) and getattr(a, "dtype", None) == getattr(b, "dtype", None)
+
+
+@pytest.mark.parametrize(
+    ("mode", "limit"),
+    list(itertools.product(AutoresetMode, ["terminate", "truncate"])),
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_the_batch_is_step_for_step_that_many_single_environments(mode, limit):
+    kwargs = {"length_limit": limit, "missing_eos_penalty": 0.4, "max_new_tokens": 4}
+    batch = make_envs(3, autoreset_mode=mode, **kwargs)
+    sync = SyncVectorEnv([lambda: single(**kwargs)] * 3, autoreset_mode=mode)
+    for envs in (batch, sync):
+        bind_policy(envs, random_model(seed=1))
+    assert batch.observation_space == sync.observation_space and batch.action_space == sync.action_space
+    ours, theirs = batch.reset(seed=5), sync.reset(seed=5)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        assert all(equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        if mode == AutoresetMode.DISABLED and len(ours) == 5 and (over := ours[2] | ours[3]).any():
+            ours, theirs = (e.reset(options={"reset_mask": over.copy()}) for e in (batch, sync))
+            continue
+        actions = rng.choice([1, 2, 3, EOS], 3)
+        ours, theirs = batch.step(actions), sync.step(actions)
+
+
+def test_vector_reset_takes_prompts_for_each_environment():
+    envs = make_envs(2, kl_mode="off")
+    observation, info = envs.reset(options={"prompt": ["abc", "d"]})
+    assert info["prompt_length"].tolist() == [3, 1]
+    assert observation["input_ids"][:, 0].tolist() == [0, 3]
+    with pytest.raises(ValueError, match="1 texts for 2"):
+        envs.reset(options={"prompt": ["abc"]})
+
+
+# --- bad input, before the first step --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"prompts": ["ab", ""]}, EmptyPromptError, "prompt 1"),
+        ({"prompts": []}, ConfigError, "no prompts"),
+        ({"prompts": "ab"}, ConfigError, "not one string"),
+        ({"prompts": ["ab", 3]}, ConfigError, "prompt 1 must be a text"),
+        ({"prompts": ["a" * 60]}, PromptTooLongError, "prompt 0 has 60 tokens.*context of 64"),
+        ({"prompts": ["abc"], "max_prompt_tokens": 2}, PromptTooLongError, "prompt 0 has 3 tokens"),
+        ({"tokenizer": char_tokenizer("abcdefgh", special=False)}, TokenizerError, "stop_at_eos=False"),
+        ({"reference": None, "beta": 0.1}, ConfigError, "frozen_copy"),
+        ({"temperature": 0.0}, ConfigError, "temperature must be positive"),
+        ({"kl_mode": "rewards"}, ConfigError, "kl_mode must be one of"),
+        ({"max_new_tokens": 1, "length_limit": "truncate"}, ConfigError, "too small"),
+        ({"banned_tokens": (11,)}, ConfigError, "outside the vocabulary"),
+        ({"kl_mode": "reference", "kl_placement": "terminal"}, ConfigError, "kl_placement"),
+        ({"render_mode": "rgb_array"}, ConfigError, "render_mode"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_construction(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        single(**kwargs)
+
+
+def test_a_prompt_longer_than_the_observation_is_refused_at_reset():
+    with pytest.raises(PromptTooLongError, match="options\\['prompt'\\] has 9 tokens"):
+        single().reset(options={"prompt": "abcabcabc"})
+
+
+# --- registration ----------------------------------------------------------------------------------
+
+
+def test_models_are_shared_by_copies_of_the_spec():
+    model = random_model()
+    kwargs = {"reference": model, "tokenizer": model.tokenizer, "prompts": PROMPTS, "reward_model": letter_score}
+    env = gym.make("rlhf_env/TextGeneration-v0", **kwargs)
+    again = gym.wrappers.RecordEpisodeStatistics(env).spec.make()
+    assert again.unwrapped.task.reference is model
+    assert gym.make_vec("rlhf_env/TextGeneration-v0", num_envs=2, **kwargs).task.reference is model
+
+
+def test_public_names_resolve():
+    for name in rlhf_env._PUBLIC:
+        assert getattr(rlhf_env, name).__name__ == name
