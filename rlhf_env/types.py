@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlhf_env.errors import ConfigError
+from rlhf_env.errors import ConfigError, NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,18 @@ class Rollout:
             index = [index]
         sliced: dict[str, Any] = {name: v[index] for name, v in vars(self).items() if isinstance(v, Tensor)}
         return dataclasses.replace(self, **sliced)
+
+    def require_finite(self) -> Rollout:
+        """This rollout, or `NonFiniteError` naming the first field and episode that hold NaN or infinity."""
+        for name in ("logp", "ref_logp", "values", "reward", "score"):
+            value: Tensor = getattr(self, name)
+            broken = ~torch.isfinite(value)
+            if value.dim() == 2:
+                broken = (broken & self.response_mask).any(1)
+            if broken.any():
+                row = int(broken.nonzero()[0])
+                raise NonFiniteError(f"{name} of episode {row} of the batch is not finite; nothing was learned from it")
+        return self
 
     @property
     def input_ids(self) -> Tensor:

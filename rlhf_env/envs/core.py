@@ -61,6 +61,10 @@ class TokenMDP:
         """Ask `fn(observation, actions)` for log π of every action that is stepped, [N]."""
         self._log_prob_fn, self._knows_policy = fn, True
 
+    def expect_push(self) -> None:
+        """From here on a step without a push is an error: somebody has promised to push."""
+        self._knows_policy = True
+
     def push(self, logp: Any, actions: Any) -> None:
         """Tell log π of the actions that the next step will be given, [N] each."""
         logp, actions = np.array(logp, dtype=np.float64), np.array(actions, dtype=np.int64)

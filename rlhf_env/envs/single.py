@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from rlhf_env.envs.core import Observation, TokenMDP
 from rlhf_env.envs.spaces import action_space, observation_space, share_models, unshared
 from rlhf_env.envs.task import make_task
-from rlhf_env.errors import ConfigError
 
 
 class TextGenerationEnv(gym.Env[Observation, np.int64]):
@@ -26,7 +25,8 @@ class TextGenerationEnv(gym.Env[Observation, np.int64]):
 
     def __init__(self, *, render_mode: str | None = None, **task: Any) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ConfigError(f"render_mode must be one of {self.metadata['render_modes']}, got {render_mode!r}")
+            # A TypeError is what SB3's make_vec_env, which asks for "rgb_array" unasked, takes as "then without".
+            raise TypeError(f"render_mode must be one of {self.metadata['render_modes']}, got {render_mode!r}")
         self._spec: EnvSpec | None = None
         self.render_mode = render_mode
         self.task, beta = make_task(**unshared(task))

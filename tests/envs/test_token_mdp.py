@@ -393,7 +393,7 @@ def test_vector_reset_takes_prompts_for_each_environment():
         ({"max_new_tokens": 1, "length_limit": "truncate"}, ConfigError, "too small"),
         ({"banned_tokens": (11,)}, ConfigError, "outside the vocabulary"),
         ({"kl_mode": "reference", "kl_placement": "terminal"}, ConfigError, "kl_placement"),
-        ({"render_mode": "rgb_array"}, ConfigError, "render_mode"),
+        ({"render_mode": "rgb_array"}, TypeError, "render_mode"),
     ],
 )
 def test_what_cannot_work_is_refused_at_construction(kwargs, error, message):

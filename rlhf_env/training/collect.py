@@ -1,0 +1,111 @@
+"""Whole episodes at once: cached sampling, then one pass of the reference and of the reward model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_env.envs.binding import find_cores
+from rlhf_env.envs.task import TextTask
+from rlhf_env.errors import ConfigError
+from rlhf_env.functional import token_rewards
+from rlhf_env.models.decoding import sample_responses
+from rlhf_env.text.prompts import prompt_indices
+from rlhf_env.types import Policy, Rollout
+
+_SAMPLING_STREAM = 1  # keeps the random numbers of sampling apart from those that shuffle the prompts
+
+
+def collect(
+    policy: Policy,
+    envs: Any,
+    prompts: Sequence[str] | None = None,
+    *,
+    episodes: int | None = None,
+    seed: int = 0,
+    start: int = 0,
+    greedy: bool = False,
+) -> Rollout:
+    """Finished episodes of `policy` under the law of `envs`, in the order of their prompts.
+
+    The same episodes that stepping the environment would give, and the same rewards, without stepping it. With
+    `prompts`, one episode for each; otherwise `episodes` of the environment's own prompts, from position `start` of
+    their endlessly reshuffled order. Episode i depends only on `seed`, `start + i` and its prompt. `envs` is a
+    `TextGenerationVectorEnv` (its `num_envs` rows are decoded side by side) or any wrapper of one.
+    """
+    core = find_cores(envs)[0]
+    task = core.task
+    if task.length_limit == "truncate":
+        raise ConfigError("collect scores every response, so the environment needs length_limit='terminate'")
+    if prompts is None:
+        if episodes is None:
+            raise ConfigError("collect needs prompts, or how many episodes of the environment's own prompts")
+        rows = prompt_indices(seed, start, episodes, len(task.prompts))
+        prompts, prompt_ids = [task.prompts[r] for r in rows], [task.prompt_ids[r] for r in rows]
+    else:
+        prompt_ids = [task.encode_prompt(prompt, where=f"prompt {row}") for row, prompt in enumerate(prompts)]
+
+    samples = sample_responses(
+        policy,
+        prompt_ids,
+        task.law,
+        max_new_tokens=task.max_new_tokens,
+        seeds=[(seed, start + i, _SAMPLING_STREAM) for i in range(len(prompts))],
+        num_rows=core.num_slots,
+        greedy=greedy,
+        stop=task.says_stop if task.stop_strings else None,
+    )
+    ended = samples.ended
+    responses = [row[m].tolist() for row, m in zip(samples.response_ids, samples.response_mask, strict=True)]
+    score = torch.from_numpy(task.score(prompts, prompt_ids, responses)).to(samples.logp.dtype)
+    penalty = torch.from_numpy(task.penalties(ended.numpy())).to(samples.logp.dtype)
+    padded, mask = left_padded_prompts(prompt_ids, task.codec.pad_token_id)
+    rollout = Rollout(
+        prompt_ids=padded,
+        prompt_mask=mask,
+        response_ids=torch.where(samples.response_mask, samples.response_ids, task.codec.pad_token_id),
+        response_mask=samples.response_mask,
+        logp=samples.logp,
+        ref_logp=samples.logp,  # without a reference the KL is 0
+        values=samples.values,
+        reward=torch.zeros_like(samples.logp),
+        score=score,
+        penalty=penalty,
+        beta=torch.full_like(score, core.beta),
+        ended=ended,
+        law=task.law,
+    ).to(getattr(policy, "device", "cpu"))
+    if task.uses_reference:
+        assert task.reference is not None
+        rollout = dataclasses.replace(rollout, ref_logp=teacher_forced_logp(task.reference, rollout))
+        core.observe_kl(rollout.kl.tolist())
+    return dataclasses.replace(rollout, reward=_rewards(task, rollout))
+
+
+@torch.no_grad()
+def teacher_forced_logp(policy: Policy, rollout: Rollout, chunk: int = 64) -> Tensor:
+    """Log-probabilities [B, T] of a rollout's tokens under any policy, `chunk` episodes at a time; 0 in the padding."""
+    parts = [policy.evaluate(rollout[i : i + chunk])[0] for i in range(0, len(rollout), chunk)]
+    return torch.where(rollout.response_mask, torch.cat(parts), 0.0)
+
+
+def left_padded_prompts(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids [B, P] and mask [B, P] of prompts of unequal length."""
+    width = max(map(len, prompts))
+    ids, mask = np.full((len(prompts), width), pad, dtype=np.int64), np.zeros((len(prompts), width), dtype=np.bool_)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, True
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def _rewards(task: TextTask, rollout: Rollout) -> Tensor:
+    worth, mask = rollout.score - rollout.penalty, rollout.response_mask
+    if task.kl_mode == "reference":
+        return token_rewards(worth, torch.zeros_like(rollout.logp), rollout.ref_logp, mask, rollout.beta)
+    beta = rollout.beta if task.kl_mode == "reward" else 0.0
+    return token_rewards(worth, rollout.logp, rollout.ref_logp, mask, beta, placement=task.kl_placement)

@@ -1,0 +1,134 @@
+"""Collecting whole episodes is the same as stepping the environment through them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_env.envs.beta import AdaptiveBeta
+from rlhf_env.envs.binding import bind_policy
+from rlhf_env.errors import ConfigError, RewardError
+from rlhf_env.training.collect import collect
+from tests.builders import PROMPTS, make_envs, random_model
+
+CASES = [
+    {"kl_mode": mode, "kl_placement": placement}
+    for mode, placement in itertools.product(["reward", "observe"], ["token", "terminal"])
+] + [{"kl_mode": "reference"}]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(c.values()))
+def test_collect_equals_stepping(case, dtype, tolerance):
+    reference, policy = random_model(dtype=dtype), random_model(dtype=dtype, seed=1)
+    envs = make_envs(
+        3, reference=reference, temperature=0.8, banned_tokens=(8, 10), missing_eos_penalty=0.5, stop_strings=("hh",), **case
+    )
+    prompts = [PROMPTS[i % 4] for i in range(20)]
+    rollout = collect(policy, envs, prompts, seed=4)
+    assert rollout.ended.any() and not rollout.ended.all(), "both endings must occur"
+
+    stepped = make_envs(
+        20, reference=reference, temperature=0.8, banned_tokens=(8, 10), missing_eos_penalty=0.5, stop_strings=("hh",), **case
+    )
+    bind_policy(stepped, policy)
+    stepped.reset(seed=0, options={"prompt": prompts})
+    alive = np.ones(20, dtype=bool)
+    for t in range(rollout.response_ids.shape[1]):
+        actions = np.where(alive, rollout.response_ids[:, t].numpy(), 0)
+        _, reward, terminated, _, info = stepped.step(actions)
+        assert (rollout.response_mask[:, t].numpy() == alive).all()
+        np.testing.assert_allclose(rollout.reward[alive, t].numpy(), reward[alive], atol=tolerance)
+        for i in np.flatnonzero(terminated & alive):
+            final = {k: v[i] for k, v in info["final_info"].items()}
+            assert final["score"] == pytest.approx(rollout.score[i].item(), abs=tolerance)
+            assert final["penalty"] == pytest.approx(rollout.penalty[i].item())
+            assert (final["stop_reason"] == "length") == (not rollout.ended[i])
+            if "kl" in final and case["kl_mode"] != "reference":
+                assert final["kl"] == pytest.approx(rollout.kl[i].item(), abs=10 * tolerance)
+        alive &= ~terminated
+    assert not alive.any()
+
+
+@pytest.mark.parametrize("placement", ["token", "terminal"])
+def test_rewards_sum_to_score_minus_beta_kl_minus_penalty(placement):
+    envs = make_envs(4, reference=random_model(dtype="float64"), kl_placement=placement, missing_eos_penalty=0.5)
+    rollout = collect(random_model(dtype="float64", seed=1), envs, episodes=16)
+    expected = rollout.score - 0.3 * rollout.kl - rollout.penalty
+    torch.testing.assert_close(rollout.reward.sum(1), expected, atol=1e-9, rtol=0)
+    assert rollout.kl.abs().min() > 1e-3
+
+
+def test_policy_equal_to_reference_has_no_kl():
+    model = random_model()
+    rollout = collect(model, make_envs(4, reference=model), episodes=16)
+    assert rollout.kl.abs().max() < 1e-4
+
+
+def test_episodes_do_not_depend_on_how_many_are_collected_at_once():
+    envs, policy = make_envs(3, reference=random_model(dtype="float64")), random_model(dtype="float64", seed=1)
+    all_at_once = collect(policy, envs, episodes=12, seed=2)
+    for start in range(0, 12, 5):
+        part = collect(policy, envs, episodes=min(5, 12 - start), seed=2, start=start)
+        for i in range(len(part)):
+            own, same = (r.response_ids[j][r.response_mask[j]] for r, j in ((part, i), (all_at_once, start + i)))
+            assert torch.equal(own, same)
+            torch.testing.assert_close(part.reward[i].sum(), all_at_once.reward[start + i].sum(), atol=1e-9, rtol=0)
+
+
+def test_every_prompt_is_answered_once_per_epoch_in_an_order_of_its_own():
+    envs, policy = make_envs(2), random_model()
+    widths = [collect(policy, envs, episodes=4, seed=0, start=4 * epoch).prompt_mask.sum(1).tolist() for epoch in (0, 1, 2)]
+    assert all(sorted(w) == [1, 2, 3, 6] for w in widths)
+    assert len(set(map(tuple, widths))) > 1
+
+
+def test_other_seeds_other_responses():
+    envs, policy = make_envs(2), random_model()
+    prompts = ["abc"] * 8
+    a, b = (collect(policy, envs, prompts, seed=s) for s in (0, 1))
+    assert a.response_ids.shape != b.response_ids.shape or not torch.equal(a.response_ids, b.response_ids)
+
+
+def test_adaptive_beta_learns_from_a_collected_batch_at_once():
+    envs = make_envs(4, beta=AdaptiveBeta(initial=0.1, target=1e-3, horizon=100))
+    rollout = collect(random_model(seed=1), envs, episodes=10)
+    assert rollout.beta.unique().tolist() == pytest.approx([0.1])
+    assert rollout.kl.mean() > 1
+    assert envs.beta == pytest.approx(0.1 * (1 + 0.2 * 10 / 100))
+
+
+def test_without_a_reference_there_is_no_kl():
+    rollout = collect(random_model(), make_envs(2, reference=None, beta=0.0), episodes=4)
+    assert not rollout.kl.any()
+    torch.testing.assert_close(rollout.reward.sum(1), rollout.score)
+
+
+def test_the_reward_model_is_asked_once_with_prompts_in_order():
+    asked = []
+
+    def reward(prompts, responses):
+        asked.append(list(prompts))
+        return [0.0] * len(prompts)
+
+    collect(random_model(), make_envs(2, reward_model=reward), ["abc", "d", "abc"])
+    assert asked == [["abc", "d", "abc"]]
+
+
+def test_a_nan_score_names_the_sample():
+    envs = make_envs(2, reward_model=lambda p, r: [0.0, float("nan"), 0.0])
+    with pytest.raises(RewardError, match="1"):
+        collect(random_model(), envs, ["abc", "d", "abc"])
+
+
+def test_truncation_cannot_be_collected():
+    with pytest.raises(ConfigError, match="length_limit"):
+        collect(random_model(), make_envs(2, length_limit="truncate"), episodes=2)
+
+
+def test_collect_needs_to_know_how_much():
+    with pytest.raises(ConfigError, match="how many episodes"):
+        collect(random_model(), make_envs(2))
