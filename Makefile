@@ -1,7 +1,7 @@
 # `make test` and `make demo` work on a fresh clone: they set up .venv first, once.
 # An active virtual environment that already has torch (your CUDA build, say) is used instead of .venv.
-VENV := $(shell if [ -n "$$VIRTUAL_ENV" ] && "$$VIRTUAL_ENV/bin/python" -c 'import torch' 2>/dev/null; \
-          then echo "$$VIRTUAL_ENV"; else echo .venv; fi)
+VENV := $(shell ls -d "$$VIRTUAL_ENV"/lib/python3*/site-packages/torch >/dev/null 2>&1 \
+          && echo "$$VIRTUAL_ENV" || echo .venv)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.rlhf-env-installed
 

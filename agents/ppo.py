@@ -93,7 +93,7 @@ class PPO:
                         "ratio_error": (ratio - 1).abs().max(),
                         "gradient_norm": gradient_norm,
                     }.items():
-                        metrics[name].append(float(value))
+                        metrics[name].append(value.item())
         self.updates += 1
         first_ratio_error = metrics.pop("ratio_error")[0]  # before any step: 0 but for the sampler's other kernels
         return {

@@ -13,7 +13,9 @@ from rlhf_env.functional import adaptive_beta_factor
 
 @dataclass
 class AdaptiveBeta:
-    """β steered so that the mean KL per sequence approaches `target` nats (Ziegler et al. 2019, arXiv 1909.08593, §2.2).
+    """β steered so that the mean KL per sequence approaches `target` nats.
+
+    Ziegler et al. 2019, arXiv 1909.08593, §2.2.
 
     An episode keeps the β it began with; finished episodes move the β of those that begin later.
     """

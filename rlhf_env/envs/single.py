@@ -31,7 +31,7 @@ class TextGenerationEnv(gym.Env[Observation, np.int64]):
         self.render_mode = render_mode
         self.task, beta = make_task(**unshared(task))
         self.core = TokenMDP(self.task, 1, beta)
-        self.observation_space = observation_space(self.task)
+        self.observation_space = observation_space(self.task)  # type: ignore[assignment]
         self.action_space = action_space(self.task)
 
     @property

@@ -42,8 +42,8 @@ class CausalLM(nn.Module):
             )
         self.model = model
         self.tokenizer = tokenizer
-        size = config.get_text_config().hidden_size
-        self.value_head = nn.utils.skip_init(nn.Linear, size, 1, device=embedding.weight.device)
+        with torch.random.fork_rng(devices=[]):  # the head is zeroed below, so it costs nobody a random number
+            self.value_head = nn.Linear(config.get_text_config().hidden_size, 1, device=embedding.weight.device)
         # Values are small numbers learned from noise: float32 even where the body is bfloat16.
         if embedding.weight.dtype == torch.float64:
             self.value_head.double()
@@ -69,13 +69,14 @@ class CausalLM(nn.Module):
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise ConfigError(f"{name} is not a Hugging Face model folder: it has no config.json")
         try:
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=parse_dtype(dtype),
                 attn_implementation=attention,
                 use_safetensors=True,
                 output_loading_info=True,
             )
+            model, loading = loaded
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from rlhf_env.errors import NonFiniteError
+from rlhf_env.errors import ConfigError, NonFiniteError
 from rlhf_env.functional import gather_logp, inverse_cdf_sample
 from rlhf_env.types import Policy, SamplingLaw
 
@@ -34,6 +35,22 @@ class _Model(Protocol):
         cache: Cache | None = None,
         position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
+
+
+class _Layer(Protocol):
+    """One layer's part of a cache: keys and values [N, heads, columns, size]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def _layers(cache: Cache) -> list[_Layer]:
+    if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        raise ConfigError(
+            "this model keeps something else than keys and values between tokens, so its rows cannot restart on their "
+            "own: only attention models can be decoded"
+        )
+    return cast("list[_Layer]", cache.layers)
 
 
 class CachedDecoder:
@@ -89,8 +106,8 @@ class CachedDecoder:
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with only these rows, renumbered 0, 1, …; the others are forgotten."""
         index = torch.as_tensor(rows, device=self.model.device)
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[index], layer.values[index]  # type: ignore[index]
+        for layer in _layers(self.cache):
+            layer.keys, layer.values = layer.keys[index], layer.values[index]
         for name in ("mask", "written", "log_probs", "values"):
             setattr(self, name, getattr(self, name)[index])
         self._trim()
@@ -103,12 +120,12 @@ class CachedDecoder:
         """Put freshly prefilled rows into the cache so that they end at its last column."""
         width = max(self.mask.shape[1], mask.shape[1])
         index = torch.as_tensor(rows, device=mask.device)
-        for number, new in enumerate(prefilled.layers):
+        for number, new in enumerate(_layers(prefilled)):
             keys, values = (pad(x, (0, 0, width - x.shape[2], 0)) for x in (new.keys, new.values))  # [n, H, width, D]
             if number == len(self.cache.layers):  # the first prompts this decoder sees
                 n = self.mask.shape[0]
                 self.cache.update(keys.new_zeros(n, *keys.shape[1:]), values.new_zeros(n, *values.shape[1:]), number)
-            layer = self.cache.layers[number]
+            layer = _layers(self.cache)[number]
             grow = (0, 0, width - layer.keys.shape[2], 0)
             layer.keys, layer.values = pad(layer.keys, grow), pad(layer.values, grow)
             layer.keys[index], layer.values[index] = keys, values
@@ -121,8 +138,8 @@ class CachedDecoder:
         first = int(self.mask.any(0).to(torch.uint8).argmax())
         if first:
             self.mask = self.mask[:, first:]
-            for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]  # type: ignore[index]
+            for layer in _layers(self.cache):
+                layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
 
 
 class FullContextDecoder:
@@ -203,7 +220,7 @@ def sample_responses(
     owner = np.arange(min(num_rows, total))  # [rows] the prompt that each row is answering
     waiting = len(owner)
     decoder = policy.decoder(len(owner), law)
-    decoder.start(range(len(owner)), [prompts[i] for i in owner])
+    decoder.start(range(len(owner)), [prompts[i] for i in owner.tolist()])
     while True:
         log_probs, t = decoder.log_probs, length[owner]
         if greedy:
@@ -222,7 +239,7 @@ def sample_responses(
         length[owner] += 1
         ended[owner] = drawn == law.eos_token_id if law.eos_token_id is not None else False
         if stop is not None:
-            for i in owner[~ended[owner]]:
+            for i in owner[~ended[owner]].tolist():
                 ended[i] = stop(prompts[i], ids[i, : length[i]].tolist())
         done = ended[owner] | (length[owner] == max_new_tokens)
 
@@ -235,7 +252,7 @@ def sample_responses(
         if len(refill):
             owner[refill] = np.arange(waiting, waiting + len(refill))
             waiting += len(refill)
-            decoder.start(refill.tolist(), [prompts[i] for i in owner[refill]])
+            decoder.start(refill.tolist(), [prompts[i] for i in owner[refill].tolist()])
         alive = np.sort(np.concatenate([going, refill]))
         if len(alive) < len(owner):
             decoder.keep(alive.tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -57,19 +58,25 @@ def read_layer(path: str | Path) -> Layer:
     return Layer(str(path), values or {})
 
 
+def dotted_layer(source: str, values: Iterable[tuple[str, Any]]) -> Layer:
+    """The settings given as pairs of a dotted key and a value; of two for the same key the later one counts."""
+    nested: dict[str, Any] = {}
+    for key, value in values:
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        nested = _merge(nested, value)
+    return Layer(source, nested)
+
+
 def override_layer(overrides: Iterable[str]) -> Layer:
     """The settings in texts such as "env.beta=0.1"; of two for the same key the later one counts."""
-    values: dict[str, Any] = {}
+    pairs = []
     for override in overrides:
         key, equals, value = override.partition("=")
-        names = key.strip().split(".")
-        if not equals or not all(names):
+        if not equals or not all(key.split(".")):
             raise ConfigError(f"{override!r} is no override: write KEY=VALUE, for example env.beta=0.1")
-        nested: Any = Typed(value.strip())
-        for name in reversed(names):
-            nested = {name: nested}
-        values = _merge(values, nested)
-    return Layer("the command line", values)
+        pairs.append((key, Typed(value)))
+    return dotted_layer("the command line", pairs)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -83,6 +90,16 @@ def to_dict(config: Any) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
     return plain(config)
+
+
+def documented(cls: Any, prefix: str = "") -> dict[str, str]:
+    """The `#:` sentence of every setting of a dataclass by its dotted key, those of nested ones in their place."""
+    sentences = dict(re.findall(r"^    (\w+): .*?  #: (.+)$", inspect.getsource(cls), re.MULTILINE))
+    found: dict[str, str] = {}
+    for name, kind in get_type_hints(cls).items():
+        nested = dataclasses.is_dataclass(kind)
+        found |= documented(kind, f"{prefix}{name}.") if nested else {f"{prefix}{name}": sentences.get(name, "")}
+    return found
 
 
 def _checked(cls: Any, values: Any, prefix: str, source: str, known: list[str]) -> dict[str, Any]:
@@ -237,7 +254,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
-        if twice := next((key for key, _ in node.value if names.count(key.value) > 1), None):
+        if twice := next((key for i, (key, _) in enumerate(node.value) if key.value in names[:i]), None):
             raise yaml.constructor.ConstructorError(
                 problem=f"{twice.value!r} occurs twice", problem_mark=twice.start_mark
             )
@@ -245,7 +262,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
@@ -255,5 +272,5 @@ def _parse(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark and not isinstance(text, Typed) else ""
         raise ConfigError(f"{source}{line}: {error.problem or error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, nesting without end
         raise ConfigError(f"{source}: {error}") from error

@@ -64,6 +64,11 @@ class Run:
         return read_json(self.path / "summary.json")
 
     @property
+    def samples(self) -> list[dict[str, Any]]:
+        """What samples.jsonl holds."""
+        return read_jsonl(self.path / "samples.jsonl")
+
+    @property
     def checkpoints(self) -> Path:
         """Where checkpoints go."""
         return self.path / "checkpoints"

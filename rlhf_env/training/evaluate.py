@@ -16,8 +16,8 @@ from rlhf_env.envs.rewards import scores_of
 from rlhf_env.envs.task import ScoreFn, TextTask
 from rlhf_env.errors import DataError
 from rlhf_env.models.causal_lm import CausalLM
-from rlhf_env.training.collect import collect
 from rlhf_env.text.prompts import prompt_indices
+from rlhf_env.training.collect import collect
 from rlhf_env.types import Policy, RewardModel, Rollout
 
 Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution

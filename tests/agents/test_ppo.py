@@ -31,7 +31,9 @@ def float64_world(seed: int) -> EnumerableWorld:
 def listed_rollout(world: EnumerableWorld, policy: CausalLM) -> tuple[Rollout, torch.Tensor]:
     """Every response of the world once, as if collected from `policy`, and its probability [N]."""
     rollout = make_rollout(policy, [[0]] * len(world.sequences), world.sequences.tolist())
-    rollout = dataclasses.replace(rollout, law=world.law, score=world.gold, beta=torch.full_like(world.gold, world.beta))
+    rollout = dataclasses.replace(
+        rollout, law=world.law, score=world.gold, beta=torch.full_like(world.gold, world.beta)
+    )
     with torch.no_grad():
         logp, ref_logp = (
             gather_logp(m.response_log_probs(rollout)[0], rollout.response_ids) for m in (policy, world.reference)
@@ -105,7 +107,9 @@ def test_what_stands_in_the_padding_reaches_nothing(poison):
 
 def test_one_minibatch_of_all_is_the_gradient_of_all_in_any_order():
     """Permuting episodes changes nothing where every step sees them all."""
-    rollout = collect(random_model(dtype="float64", seed=1), make_envs(4, reference=random_model(dtype="float64")), episodes=12)
+    rollout = collect(
+        random_model(dtype="float64", seed=1), make_envs(4, reference=random_model(dtype="float64")), episodes=12
+    )
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     policies = []
     for data in (rollout, rollout[order]):
@@ -160,7 +164,8 @@ def test_same_seed_same_bits():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"batch_size": 2, "minibatches": 4}, {"lam": 1.5}, {"gamma": 0.0}, {"learning_rate": -1.0}, {"epochs": 0}]
+    "settings",
+    [{"batch_size": 2, "minibatches": 4}, {"lam": 1.5}, {"gamma": 0.0}, {"learning_rate": -1.0}, {"epochs": 0}],
 )
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ConfigError, match="PPO needs"):

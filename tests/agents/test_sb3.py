@@ -136,7 +136,9 @@ def test_minibatches_are_whole_episodes_and_each_transition_comes_once(batch_siz
             assert ends == list(range(len(ends)))[::-1]
         seen.extend(zip(batch.old_log_prob.tolist(), batch.returns.tolist(), strict=True))
         sizes.append(len(batch.actions))
-    assert sorted(seen) == sorted(zip(buffer.log_probs.flatten().tolist(), buffer.returns.flatten().tolist(), strict=True))
+    assert sorted(seen) == sorted(
+        zip(buffer.log_probs.flatten().tolist(), buffer.returns.flatten().tolist(), strict=True)
+    )
     if batch_size == 16:
         assert max(sizes) - min(sizes) < 16
 
@@ -167,7 +169,10 @@ def test_whole_episodes_and_token_rows_give_the_same_numbers():
             rtol=0,
         )
         torch.testing.assert_close(
-            policy.predict_values(by_episode.observations), policy.predict_values(by_row.observations), atol=1e-4, rtol=0
+            policy.predict_values(by_episode.observations),
+            policy.predict_values(by_row.observations),
+            atol=1e-4,
+            rtol=0,
         )
 
 

@@ -25,14 +25,26 @@ CASES = [
 def test_collect_equals_stepping(case, dtype, tolerance):
     reference, policy = random_model(dtype=dtype), random_model(dtype=dtype, seed=1)
     envs = make_envs(
-        3, reference=reference, temperature=0.8, banned_tokens=(8, 10), missing_eos_penalty=0.5, stop_strings=("hh",), **case
+        3,
+        reference=reference,
+        temperature=0.8,
+        banned_tokens=(8, 10),
+        missing_eos_penalty=0.5,
+        stop_strings=("hh",),
+        **case,
     )
     prompts = [PROMPTS[i % 4] for i in range(20)]
     rollout = collect(policy, envs, prompts, seed=4)
     assert rollout.ended.any() and not rollout.ended.all(), "both endings must occur"
 
     stepped = make_envs(
-        20, reference=reference, temperature=0.8, banned_tokens=(8, 10), missing_eos_penalty=0.5, stop_strings=("hh",), **case
+        20,
+        reference=reference,
+        temperature=0.8,
+        banned_tokens=(8, 10),
+        missing_eos_penalty=0.5,
+        stop_strings=("hh",),
+        **case,
     )
     bind_policy(stepped, policy)
     stepped.reset(seed=0, options={"prompt": prompts})
@@ -81,7 +93,9 @@ def test_episodes_do_not_depend_on_how_many_are_collected_at_once():
 
 def test_every_prompt_is_answered_once_per_epoch_in_an_order_of_its_own():
     envs, policy = make_envs(2), random_model()
-    widths = [collect(policy, envs, episodes=4, seed=0, start=4 * epoch).prompt_mask.sum(1).tolist() for epoch in (0, 1, 2)]
+    widths = [
+        collect(policy, envs, episodes=4, seed=0, start=4 * epoch).prompt_mask.sum(1).tolist() for epoch in (0, 1, 2)
+    ]
     assert all(sorted(w) == [1, 2, 3, 6] for w in widths)
     assert len(set(map(tuple, widths))) > 1
 

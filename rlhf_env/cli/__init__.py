@@ -1,0 +1,40 @@
+"""The commands. Nothing heavy is imported before a command needs it, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from rlhf_env.cli.inform import agents, doctor, worlds
+from rlhf_env.cli.measure import MORE_TO_EVALUATE, MORE_TO_GENERATE, evaluate, generate
+from rlhf_env.cli.train import MORE_TO_TRAIN, train
+from rlhf_env.errors import RLHFEnvError
+from rlhf_env.records.safe_text import safe_text
+
+app = typer.Typer(
+    help="Train language models with reinforcement learning from a reward model, on a laptop first.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command(epilog=MORE_TO_TRAIN)(train)
+app.command(epilog=MORE_TO_EVALUATE)(evaluate)
+app.command(epilog=MORE_TO_GENERATE)(generate)
+for _command in (agents, worlds, doctor):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command line: exit code 0, 1 after one line of what is wrong, 2 for wrong usage, 130 for Ctrl-C."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on two threads, and results depend on it
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app(prog_name="rlhf-env")
+    except (RLHFEnvError, OSError) as error:
+        print(f"error: {safe_text(str(error))}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

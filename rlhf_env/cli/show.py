@@ -1,0 +1,89 @@
+"""Progress, tables and samples on a terminal, or as plain lines where there is none."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_env.records.safe_text import safe_text
+from rlhf_env.training.report import decimal
+
+_SECONDS_BETWEEN_LINES = 2.0
+
+
+@contextmanager
+def training_progress(budget: Mapping[str, int]) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that shows each row of a training run: in a bar on a terminal, in lines now and then elsewhere."""
+    ((unit, total),) = budget.items()
+    field = {"updates": "update"}.get(unit, unit)
+    console = Console(stderr=True)
+    done = seconds = 0.0
+    before: float | None = None
+
+    def facts(row: dict[str, Any]) -> str:
+        nonlocal done, seconds, before
+        used = row[field]
+        if before is None:  # a resumed run's first row counts for one update, not for all of them
+            before = used - used / row["update"]
+        done, seconds, before = done + used - before, seconds + row["seconds"], used
+        left = max(total - used, 0) * seconds / done
+        means = "".join(f"  {name} {decimal(row[name])}" for name in ("score", "kl", "eval_score") if name in row)
+        return f"update {row['update']}{means}  {row['tokens_per_second']:,.0f} tok/s  {clock(left)} left"
+
+    if console.is_terminal:
+        with Progress(
+            BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"), console=console
+        ) as bar:
+            task = bar.add_task("measuring the start", total=total)
+            yield lambda row: bar.update(task, completed=min(row[field], total), description=facts(row))
+        return
+
+    printed = -_SECONDS_BETWEEN_LINES
+
+    def line(row: dict[str, Any]) -> None:
+        nonlocal printed
+        text, now = facts(row), time.monotonic()
+        if now - printed >= _SECONDS_BETWEEN_LINES or row[field] >= total:
+            printed = now
+            print(f"{unit} {row[field]:,}/{total:,}  {text}", file=sys.stderr, flush=True)
+
+    yield line
+
+
+def metrics_table(columns: Mapping[str, Sequence[str]], title: str | None = None) -> None:
+    """Print a table whose first column names the metrics and whose others are given as text."""
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*(Text(safe_text(cell)) for cell in cells))
+    Console().print(table)
+
+
+def samples_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    """Print texts side by side; `columns` maps headings to keys of `rows`, whose scores stand in "score_" + key."""
+    table = Table(show_lines=True, title="samples", title_justify="left")
+    for heading in columns:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        cells = []
+        for key in columns.values():
+            score = row.get(f"score_{key}")
+            cells.append(Text(safe_text(row[key]) + ("" if score is None else f"  ({score:+.3f})")))
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def clock(seconds: float) -> str:
+    """A duration as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,91 @@
+"""`rlhf-env train`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_env.cli import settings as cli
+from rlhf_env.errors import ConfigError
+from rlhf_env.training.config import TrainConfig
+
+_DOC = cli.sentences(TrainConfig)
+_FLAGS = {
+    **{name: name for name in ("agent", "policy", "reference", "prompts", "eval_prompts", "reward", "gold")},
+    **{name: name for name in ("tokens", "episodes", "updates", "num_envs", "seed", "device", "dtype")},
+    **{name: f"env.{name}" for name in ("beta", "target_kl", "max_new_tokens", "temperature", "chat_template")},
+}
+MORE_TO_TRAIN = cli.rest_of(_DOC, _FLAGS) + "\n\n`rlhf-env agents NAME` lists an agent's own settings."
+_SHOWN = ("score", "gold", "kl", "win_rate", "length", "eos_rate", "distinct_1", "distinct_2")
+
+
+def train(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=cli.OVERRIDES)] = None,
+    policy: Annotated[str | None, typer.Option(help=_DOC["policy"])] = None,
+    prompts: Annotated[str | None, typer.Option(help=_DOC["prompts"])] = None,
+    reward: Annotated[str | None, typer.Option(help=_DOC["reward"])] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder, new or empty.")] = None,
+    agent: Annotated[str | None, typer.Option(help=_DOC["agent"])] = None,
+    reference: Annotated[str | None, typer.Option(help=_DOC["reference"])] = None,
+    eval_prompts: Annotated[str | None, typer.Option(help=_DOC["eval_prompts"])] = None,
+    gold: Annotated[str | None, typer.Option(help=_DOC["gold"])] = None,
+    beta: Annotated[str | None, typer.Option(metavar="FLOAT", help=_DOC["env.beta"])] = None,
+    target_kl: Annotated[str | None, typer.Option(metavar="FLOAT", help=_DOC["env.target_kl"])] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="N", help=_DOC["tokens"])] = None,
+    episodes: Annotated[str | None, typer.Option(metavar="N", help=_DOC["episodes"])] = None,
+    updates: Annotated[str | None, typer.Option(metavar="N", help=_DOC["updates"])] = None,
+    max_new_tokens: Annotated[str | None, typer.Option(metavar="N", help=_DOC["env.max_new_tokens"])] = None,
+    temperature: Annotated[str | None, typer.Option(metavar="FLOAT", help=_DOC["env.temperature"])] = None,
+    chat_template: Annotated[str | None, typer.Option(help=_DOC["env.chat_template"])] = None,
+    num_envs: Annotated[str | None, typer.Option(metavar="N", help=_DOC["num_envs"])] = None,
+    seed: Annotated[str | None, typer.Option(metavar="N", help=_DOC["seed"])] = None,
+    device: Annotated[str | None, typer.Option(help=_DOC["device"])] = None,
+    dtype: Annotated[str | None, typer.Option(help=_DOC["dtype"])] = None,
+    config: Annotated[Path | None, typer.Option(help=cli.CONFIG)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")] = False,
+    threads: Annotated[int | None, typer.Option(help=cli.THREADS)] = None,
+) -> None:
+    """Train a language model with reinforcement learning, and leave the run in a folder.
+
+    The reward of an episode is the reward model's score minus beta times the KL to the reference. The run's folder
+    holds its settings, metrics, checkpoints, samples, a figure, a card, and the trained model in model/.
+    """
+    given = locals()
+    flags = {key: given[name] for name, key in _FLAGS.items()}
+    if out is None:
+        raise ConfigError("--out is missing: the folder to leave the run in, for example --out runs/first")
+    stored = out / "config.yaml" if resume and config is None and (out / "config.yaml").is_file() else config
+    if resume and stored is None:
+        raise ConfigError(f"there is no run to resume in {out}: it has no config.yaml")
+    settings = cli.settings_from(TrainConfig, stored, flags, overrides)
+    cli.use_threads(threads)
+
+    from rlhf_env.cli.show import metrics_table, samples_table, training_progress
+    from rlhf_env.records.run import Run
+    from rlhf_env.training.report import interval
+    from rlhf_env.training.run import run_training
+
+    try:
+        with training_progress(settings.budget) as show:
+            summary = run_training(settings, out, resume=resume, on_update=show)
+    except KeyboardInterrupt:
+        print(f"interrupted; to continue: rlhf-env train --resume --out {shlex.quote(str(out))}", file=sys.stderr)
+        raise
+
+    names = [name for name in _SHOWN if f"{name}_before" in summary]
+    after = [interval(summary, f"{n}_after" if n in ("score", "gold") else n) for n in names]
+    before = [interval(summary, f"{n}_before") for n in names]
+    kind = "held-out prompts" if summary["held_out"] else "the training prompts"
+    metrics_table(
+        {"metric": names, "before": before, "after": after}, f"{summary['eval_episodes']} responses to {kind}"
+    )
+    samples = Run.open(out).samples[:2]
+    samples_table(samples, {"prompt": "prompt", "before": "before", "after": "after"})
+    print(
+        f"{summary['tokens']:,} tokens in {summary['seconds']:,.1f} s ({summary['tokens_per_second']:,.0f} per second)"
+    )
+    print(f"policy: {out / 'model'}\ncard:   {out / 'README.md'}")

@@ -1,0 +1,1 @@
+"""Collecting rollouts, the training loop and evaluation."""

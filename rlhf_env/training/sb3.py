@@ -1,0 +1,189 @@
+"""Training with an unmodified actor-critic algorithm of Stable-Baselines3 or sb3-contrib."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from rlhf_env.agents.sb3 import EpisodeRolloutBuffer, LMActorCriticPolicy, SB3VecEnv, attach_sb3
+from rlhf_env.envs.vector import TextGenerationVectorEnv
+from rlhf_env.errors import ConfigError, RLHFEnvError
+from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.records.checkpoint import save_checkpoint
+from rlhf_env.records.run import Run
+from rlhf_env.training.config import TrainConfig
+
+FinishRow = Callable[[dict[str, Any], CausalLM], dict[str, Any]]
+
+_OURS = {"policy", "env", "rollout_buffer_class", "seed", "device", "_init_setup_model"}  # set here, not in settings
+
+# SB3's names of what our rows call otherwise. Its value loss lacks our factor ½, so it keeps SB3's name.
+_SAME = {
+    "train/approx_kl": "approx_kl",
+    "train/clip_fraction": "clip_fraction",
+    "train/explained_variance": "explained_variance",
+    "train/learning_rate": "learning_rate",
+    "train/policy_gradient_loss": "policy_loss",
+    "train/policy_loss": "policy_loss",
+}
+
+
+def sb3_class(agent: str, settings: Mapping[str, Any]) -> type[OnPolicyAlgorithm]:
+    """The algorithm that "sb3:NAME" means, once it is clear that it can train a language model with `settings`."""
+    name, available = agent.removeprefix("sb3:"), _available()
+    if name not in available:
+        close = get_close_matches(name, available, n=1)
+        hint = f"did you mean sb3:{close[0]}?" if close else f"there are {', '.join(f'sb3:{n}' for n in available)}"
+        raise ConfigError(f"Stable-Baselines3 has no actor-critic algorithm for text called {name!r}; {hint}")
+    algorithm = available[name]
+    known = [p for p in inspect.signature(algorithm).parameters if p not in _OURS]
+    for key in settings:
+        if key not in known:
+            close = get_close_matches(key, known, n=1)
+            hint = f"did you mean settings.{close[0]}?" if close else f"there are {', '.join(known)}"
+            raise ConfigError(f"{agent} has no setting settings.{key} to be given here; {hint}")
+    return algorithm
+
+
+def make_sb3(config: TrainConfig, envs: TextGenerationVectorEnv) -> OnPolicyAlgorithm:
+    """The algorithm of `config.agent` with the language model as its policy, attached to the environment.
+
+    Where the settings say nothing else, γ is 1 and a rollout is as many steps as the longest response.
+    """
+    algorithm = sb3_class(config.agent, config.settings)
+    settings: dict[str, Any] = {"gamma": 1.0, "n_steps": config.env.max_new_tokens, **config.settings}
+    if algorithm in (PPO, A2C):
+        settings["rollout_buffer_class"] = EpisodeRolloutBuffer
+    attention = None if algorithm in (PPO, A2C) else "eager"  # TRPO differentiates twice
+
+    def load() -> CausalLM:
+        model = CausalLM.from_pretrained(config.policy, device=config.device, dtype=config.dtype, attention=attention)
+        return model.freeze_layers(config.freeze_layers)
+
+    settings["policy_kwargs"] = {**settings.get("policy_kwargs", {}), "model": load}
+    try:
+        if algorithm is PPO:
+            settings.setdefault("batch_size", max(2, settings["n_steps"] * config.num_envs // 4))
+        model = algorithm(LMActorCriticPolicy, SB3VecEnv(envs), seed=config.seed, device=config.device, **settings)
+    except RLHFEnvError:
+        raise
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"{config.agent} refuses these settings: {error}") from error
+    attach_sb3(model)
+    return model
+
+
+def train_sb3(
+    model: OnPolicyAlgorithm,
+    config: TrainConfig,
+    run: Run,
+    finish_row: FinishRow,
+    on_update: Callable[[dict[str, Any]], None] | None,
+) -> CausalLM:
+    """Spend the budget, one row of metrics per rollout, and return the trained policy."""
+    ((unit, budget),) = config.budget.items()
+    steps = {"tokens": 1, "updates": model.n_steps * config.num_envs, "episodes": config.env.max_new_tokens}[unit]
+    model.learn(budget * steps, callback=_Rows(config, run, finish_row, on_update), log_interval=None)  # type: ignore[arg-type]
+    return model.policy.lm  # type: ignore[return-value]
+
+
+class _Rows(BaseCallback):
+    """One row of metrics per rollout and update, and a checkpoint of the policy where one is due."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Run,
+        finish_row: FinishRow,
+        on_update: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        super().__init__()
+        self.config, self.run, self.finish_row, self.on_update = config, run, finish_row, on_update
+        self.updates, self.episodes, self.over = 0, 0, False
+        self.finished: list[dict[str, Any]] = []
+        self.began = self.sampled = 0.0
+
+    def _on_rollout_start(self) -> None:
+        self._close_row()
+        # SB3 knows no budget of episodes. Stopping between rollouts leaves none of them untrained on.
+        self.over = self.config.episodes is not None and self.episodes >= self.config.episodes
+        self.began = time.perf_counter()
+
+    def _on_step(self) -> bool:
+        if self.over:
+            return False
+        self.finished += [info for info, done in zip(self.locals["infos"], self.locals["dones"], strict=True) if done]
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.updates += 1
+        self.episodes += len(self.finished)
+        self.sampled = time.perf_counter()
+
+    def _on_training_end(self) -> None:
+        if not self.over:
+            self._close_row()
+
+    def _close_row(self) -> None:
+        """The row of the update that just ended; SB3 has logged its losses by now."""
+        if self.updates == 0:
+            return
+        logged = {
+            _SAME.get(name, name): value
+            for name, value in self.logger.name_to_value.items()
+            if name.startswith("train/") and name not in ("train/n_updates", "train/loss", "train/entropy_loss")
+        }
+        if (negative_entropy := self.logger.name_to_value.get("train/entropy_loss")) is not None:
+            logged["entropy"] = -negative_entropy
+        row = {
+            "update": self.updates,
+            "episodes": self.episodes,
+            "tokens": self.num_timesteps,
+            **episode_means(self.finished),
+            **{name: float(value) for name, value in logged.items()},
+            "seconds": time.perf_counter() - self.began,
+            "seconds_sampling": self.sampled - self.began,
+        }
+        self.finished = []
+        policy: CausalLM = self.model.policy.lm  # type: ignore[assignment]
+        row = self.finish_row(row, policy)
+        if (every := self.config.checkpoint_every) and self.updates % every == 0:
+            state = {name: row[name] for name in ("update", "episodes", "tokens")}
+            save_checkpoint(
+                self.run.checkpoints, self.updates, tensors={}, state=state, write_model=policy.save_pretrained
+            )
+        if self.on_update is not None:
+            self.on_update(row)
+
+
+def episode_means(infos: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over finished episodes, named as those of `train`; nothing where none finished."""
+    if not infos:
+        return {}
+    columns = {name: np.array([info[name] for info in infos]) for name in ("score", "kl", "penalty", "beta")}
+    returns = columns["score"] - columns["penalty"] - columns["beta"] * columns["kl"]
+    columns |= {"return": returns, "length": np.array([info["response_length"] for info in infos])}
+    columns["eos_rate"] = np.array([info["stop_reason"] != "length" for info in infos])
+    return {name: float(values.mean()) for name, values in columns.items()}
+
+
+def _available() -> dict[str, type[OnPolicyAlgorithm]]:
+    """The algorithms whose policy is a plain `ActorCriticPolicy`, which `LMActorCriticPolicy` can stand in for."""
+    modules = ["stable_baselines3", *(["sb3_contrib"] if find_spec("sb3_contrib") else [])]
+    classes = [value for name in modules for value in vars(import_module(name)).values() if inspect.isclass(value)]
+    return {
+        c.__name__: c
+        for c in classes
+        if issubclass(c, OnPolicyAlgorithm) and c.policy_aliases.get("MlpPolicy") is ActorCriticPolicy
+    }

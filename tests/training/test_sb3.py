@@ -1,0 +1,117 @@
+"""Runs of Stable-Baselines3's algorithms, which leave the same folder as ours."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_env.errors import ConfigError
+from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.records.checkpoint import latest_checkpoint
+from rlhf_env.records.run import Run
+from rlhf_env.training.config import EnvConfig, TrainConfig
+from rlhf_env.training.run import run_training
+from rlhf_env.training.sb3 import episode_means, sb3_class
+from tests.tiny_files import without_times, write_tiny_files
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> TrainConfig:
+    folder = write_tiny_files(tmp_path_factory.mktemp("tiny"))
+    return TrainConfig(
+        policy=str(folder / "policy"),
+        prompts=str(folder / "prompts.txt"),
+        reward="vader",
+        agent="sb3:PPO",
+        updates=3,
+        num_envs=4,
+        eval_episodes=8,
+        checkpoint_every=2,
+        env=EnvConfig(beta=0.1, temperature=0.8, max_new_tokens=6),
+        settings={"n_steps": 12, "learning_rate": 1e-3, "n_epochs": 2},
+    )
+
+
+def test_ppo_trains_and_leaves_a_run(config, tmp_path):
+    shown = []
+    summary = run_training(config, tmp_path / "run", on_update=shown.append)
+    run = Run.open(tmp_path / "run")
+    assert [row["update"] for row in shown] == [1, 2, 3]
+    assert [row["tokens"] for row in run.metrics] == [48, 96, 144]  # 4 environments × 12 steps
+    for row in run.metrics:
+        assert {
+            "score",
+            "kl",
+            "length",
+            "eos_rate",
+            "approx_kl",
+            "clip_fraction",
+            "policy_loss",
+            "entropy",
+        } <= row.keys()
+        assert 0 < row["length"] <= 6 and row["entropy"] > 0
+        assert row["return"] == pytest.approx(row["score"] - 0.1 * row["kl"], abs=1e-6)
+    assert run.metrics[0]["kl"] == pytest.approx(0, abs=1e-4)  # the policy is still its reference
+    assert latest_checkpoint(run.checkpoints).name == "step-00000002"
+    assert summary["kl_before"] == pytest.approx(0, abs=1e-4) and summary["kl"] > 1e-4
+    start, end = (load_file(f"{path}/model.safetensors") for path in (config.policy, run.path / "model"))
+    assert any(not torch.equal(start[name], end[name]) for name in start)
+    assert CausalLM.from_pretrained(run.path / "model").value_head.weight.abs().sum() > 0
+
+
+def test_a2c_repeats_itself(config, tmp_path):
+    config = replace(config, agent="sb3:A2C", settings={"n_steps": 6}, updates=None, tokens=48)
+    for name in ("a", "b"):
+        run_training(config, tmp_path / name)
+    rows = without_times(tmp_path / "a/metrics.jsonl")
+    assert rows == without_times(tmp_path / "b/metrics.jsonl")
+    assert [row["tokens"] for row in rows] == [24, 48]
+
+
+def test_a_budget_of_episodes_ends_with_the_rollout_that_reaches_it(config, tmp_path):
+    run_training(replace(config, updates=None, episodes=9), tmp_path / "run")
+    episodes = [row["episodes"] for row in Run.open(tmp_path / "run").metrics]
+    assert episodes[-1] >= 9 and all(n < 9 for n in episodes[:-1])
+
+
+def test_means_are_over_finished_episodes_and_named_as_ours():
+    infos = [
+        {"score": 1.0, "kl": 2.0, "penalty": 0.0, "beta": 0.5, "response_length": 3, "stop_reason": "eos"},
+        {"score": 3.0, "kl": 0.0, "penalty": 1.0, "beta": 0.5, "response_length": 6, "stop_reason": "length"},
+    ]
+    assert episode_means(infos) == {
+        "score": 2.0,
+        "kl": 1.0,
+        "penalty": 0.5,
+        "beta": 0.5,
+        "return": 1.0,  # (1 − 0.5 · 2 − 0) and (3 − 0 − 1)
+        "length": 4.5,
+        "eos_rate": 0.5,
+    }
+    assert episode_means([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("agent", "settings", "message"),
+    [
+        ("sb3:PPo", {}, "did you mean sb3:PPO"),
+        ("sb3:DQN", {}, "no actor-critic algorithm for text called 'DQN'; there are .*sb3:PPO"),
+        ("sb3:PPO", {"nsteps": 1}, r"no setting settings\.nsteps to be given here; did you mean settings\.n_steps"),
+        ("sb3:PPO", {"seed": 1}, r"no setting settings\.seed to be given here"),
+    ],
+)
+def test_what_cannot_train_a_language_model_is_refused(agent, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        sb3_class(agent, settings)
+
+
+def test_settings_that_the_algorithm_refuses_are_reported(config, tmp_path):
+    with pytest.raises(ConfigError, match="sb3:PPO refuses these settings"):
+        run_training(replace(config, settings={"clip_range": "wide"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_such_runs_cannot_be_resumed(config, tmp_path):
+    with pytest.raises(ConfigError, match="sb3:PPO keeps its state to itself, so its runs cannot be resumed"):
+        run_training(config, tmp_path, resume=True)
