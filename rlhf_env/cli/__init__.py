@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from rlhf_env.cli.demo import demo
 from rlhf_env.cli.inform import agents, doctor, worlds
 from rlhf_env.cli.measure import MORE_TO_EVALUATE, MORE_TO_GENERATE, evaluate, generate
 from rlhf_env.cli.train import MORE_TO_TRAIN, train
@@ -20,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.command()(demo)
 app.command(epilog=MORE_TO_TRAIN)(train)
 app.command(epilog=MORE_TO_EVALUATE)(evaluate)
 app.command(epilog=MORE_TO_GENERATE)(generate)

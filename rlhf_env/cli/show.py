@@ -16,7 +16,7 @@ from rich.text import Text
 from rlhf_env.records.safe_text import safe_text
 from rlhf_env.training.report import decimal
 
-_SECONDS_BETWEEN_LINES = 2.0
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager

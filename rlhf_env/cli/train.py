@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -64,9 +65,7 @@ def train(
     settings = cli.settings_from(TrainConfig, stored, flags, overrides)
     cli.use_threads(threads)
 
-    from rlhf_env.cli.show import metrics_table, samples_table, training_progress
-    from rlhf_env.records.run import Run
-    from rlhf_env.training.report import interval
+    from rlhf_env.cli.show import training_progress
     from rlhf_env.training.run import run_training
 
     try:
@@ -75,6 +74,14 @@ def train(
     except KeyboardInterrupt:
         print(f"interrupted; to continue: rlhf-env train --resume --out {shlex.quote(str(out))}", file=sys.stderr)
         raise
+    print_summary(summary, out)
+
+
+def print_summary(summary: Mapping[str, Any], out: Path) -> None:
+    """Print a finished run: metrics before and after with their intervals, two samples, and where things are."""
+    from rlhf_env.cli.show import metrics_table, samples_table
+    from rlhf_env.records.run import Run
+    from rlhf_env.training.report import interval
 
     names = [name for name in _SHOWN if f"{name}_before" in summary]
     after = [interval(summary, f"{n}_after" if n in ("score", "gold") else n) for n in names]

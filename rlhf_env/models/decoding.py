@@ -206,8 +206,9 @@ def sample_responses(
     """One response to each prompt, decoded `num_rows` at a time; a finished row is refilled with the next prompt.
 
     All prompts are answered, so no response is favoured for being short. Response i depends only on its prompt and on
-    `seeds[i]` (any sequence of integers), not on `num_rows` or its neighbours. `stop(prompt, response)` may end a response on
-    the token ids so far, EOS and length aside. Raises `NonFiniteError` naming the prompt whose distribution broke.
+    `seeds[i]` (any sequence of integers), not on `num_rows` or its neighbours. `stop(prompt, response)` may end a
+    response on the token ids so far, EOS and length aside. Raises `NonFiniteError` naming the prompt whose distribution
+    broke.
     """
     total = len(prompts)
     uniform = np.stack(

@@ -102,7 +102,7 @@ def rate_interval(name: str, successes: float, n: int) -> dict[str, float]:
 
 
 def distinct_n(rollout: Rollout, n: int) -> float:
-    """Distinct n-grams of tokens as a share of all in the responses (Li et al. 2016, arXiv 1510.03055); 1 = no repeats."""
+    """Distinct n-grams of tokens as a share of all in the responses; 1 = no repeats (Li et al. 2016, 1510.03055)."""
     grams = [
         tuple(ids[i : i + n])
         for ids in (row[m].tolist() for row, m in zip(rollout.response_ids, rollout.response_mask, strict=True))

@@ -1,0 +1,88 @@
+"""PPO on a real pretrained model: happier stories, at what KL, and what happens without the KL term.
+
+    python examples/stories.py --model FOLDER --out runs/stories --seeds 0 1 2
+
+FOLDER is a Hugging Face folder of karpathy's stories260K (or any small story model). For each seed: our PPO and
+Stable-Baselines3's with the KL term, our PPO without it; beside them best-of-n from the model itself. The score is the
+VADER sentiment of the response. Every run leaves its folder under --out; a finished one is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlhf_env.records.jsonl import read_json, read_jsonl
+from rlhf_env.records.safe_text import safe_text
+from rlhf_env.training.assemble import assemble
+from rlhf_env.training.collect import collect
+from rlhf_env.training.config import EnvConfig, TrainConfig
+from rlhf_env.training.run import run_training
+
+PROMPTS = str(Path(__file__).parent / "story_openings.txt")
+
+
+def settings(model: str, agent: str, beta: float, seed: int, tokens: int) -> TrainConfig:
+    ours = {"learning_rate": 2e-4, "batch_size": 128}
+    theirs = {"learning_rate": 2e-4, "n_epochs": 4, "n_steps": 96, "max_grad_norm": 1.0, "vf_coef": 0.1}
+    return TrainConfig(
+        policy=model,
+        prompts=PROMPTS,
+        eval_prompts=PROMPTS,
+        reward="vader",
+        agent=agent,
+        tokens=tokens,
+        seed=seed,
+        num_envs=64,
+        eval_episodes=384,
+        eval_every=10,
+        env=EnvConfig(beta=beta, max_new_tokens=48),
+        settings=theirs if agent.startswith("sb3:") else ours,
+    )
+
+
+def best_of(config: TrainConfig, draws: int) -> None:
+    """Best of n by the score, n of `draws` responses per prompt without replacement (unbiased), and its KL bound."""
+    parts = assemble(config)
+    prompts = parts.eval_envs.task.prompts
+    rollout = collect(parts.policy, parts.eval_envs, [p for p in prompts for _ in range(draws)], seed=12345)
+    scores = np.sort(rollout.score.numpy().reshape(len(prompts), draws), axis=1)
+    for n in (1, 4, 16, 64):
+        weights = np.array([math.comb(i, n - 1) / math.comb(draws, n) for i in range(draws)])
+        mean = (scores * weights).sum(1)
+        error = mean.std(ddof=1) / math.sqrt(len(prompts))
+        print(f"best of {n:<3}          {mean.mean():6.3f} ± {1.96 * error:.3f}   KL ≤ {math.log(n) - (n - 1) / n:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--tokens", type=int, default=600_000)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    best_of(settings(args.model, "ppo", args.beta, 0, args.tokens), draws=128)
+    print(f"{'agent':<10}{'β':>5}{'seed':>5}   score [95 %]            KL     distinct-2   path: (KL, score) every 10 updates")
+    for agent, beta in (("ppo", args.beta), ("sb3:PPO", args.beta), ("ppo", 0.0)):
+        for seed in args.seeds:
+            out = args.out / f"{agent.replace(':', '-')}-beta{beta}-seed{seed}"
+            if not (out / "summary.json").exists():
+                run_training(settings(args.model, agent, beta, seed, args.tokens), out)
+            s = read_json(out / "summary.json")
+            rows = [r for r in read_jsonl(out / "metrics.jsonl") if "eval_kl" in r]
+            path = " ".join(f"({r['eval_kl']:.1f}, {r['eval_score']:.2f})" for r in rows)
+            low, high = s["score_low_after"], s["score_high_after"]
+            print(f"{agent:<10}{beta:>5}{seed:>5}   {s['score_after']:.3f} [{low:.3f}, {high:.3f}]  ", end="")
+            print(f"{s['kl']:6.2f}   {s['distinct_2']:.3f}   {path}", flush=True)
+            sample = read_jsonl(out / "samples.jsonl")[0]
+            print(f"    {safe_text(sample['prompt'])} | {safe_text(sample['after'])}")
+
+
+if __name__ == "__main__":
+    main()
