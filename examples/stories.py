@@ -4,7 +4,7 @@
 
 FOLDER is a Hugging Face folder of karpathy's stories260K (or any small story model). For each seed: our PPO and
 Stable-Baselines3's with the KL term, our PPO without it; beside them best-of-n from the model itself. The score is the
-VADER sentiment of the response. Every run leaves its folder under --out; a finished one is not run again.
+VADER sentiment of the response, on openings that training never saw. Every run leaves its folder under --out; a finished one is not run again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlhf_env.training.collect import collect
 from rlhf_env.training.config import EnvConfig, TrainConfig
 from rlhf_env.training.run import run_training
 
-PROMPTS = str(Path(__file__).parent / "story_openings.txt")
+HERE = Path(__file__).parent
 
 
 def settings(model: str, agent: str, beta: float, seed: int, tokens: int) -> TrainConfig:
@@ -31,8 +31,8 @@ def settings(model: str, agent: str, beta: float, seed: int, tokens: int) -> Tra
     theirs = {"learning_rate": 2e-4, "n_epochs": 4, "n_steps": 96, "max_grad_norm": 1.0, "vf_coef": 0.1}
     return TrainConfig(
         policy=model,
-        prompts=PROMPTS,
-        eval_prompts=PROMPTS,
+        prompts=str(HERE / "story_openings.txt"),
+        eval_prompts=str(HERE / "story_openings_held_out.txt"),
         reward="vader",
         agent=agent,
         tokens=tokens,
@@ -68,7 +68,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     best_of(settings(args.model, "ppo", args.beta, 0, args.tokens), draws=128)
-    print(f"{'agent':<10}{'β':>5}{'seed':>5}   score [95 %]            KL     distinct-2   path: (KL, score) every 10 updates")
+    print(
+        f"{'agent':<10}{'β':>5}{'seed':>5}   score [95 %]            KL     distinct-2   path: (KL, score) every 10 updates"
+    )
     for agent, beta in (("ppo", args.beta), ("sb3:PPO", args.beta), ("ppo", 0.0)):
         for seed in args.seeds:
             out = args.out / f"{agent.replace(':', '-')}-beta{beta}-seed{seed}"

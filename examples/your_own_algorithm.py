@@ -60,7 +60,7 @@ def main() -> None:
         logp, rewards = [], []
         for _ in range(world.length):  # all responses have this length, so all episodes end together
             actions, log_prob = network.act(observation)
-            envs.unwrapped.push_logprobs(log_prob.detach(), actions)  # type: ignore[attr-defined]
+            envs.unwrapped.push_logprobs(log_prob.detach().numpy(), actions.numpy())  # type: ignore[attr-defined]
             observation, reward, *_ = envs.step(actions.numpy())
             logp.append(log_prob)
             rewards.append(torch.from_numpy(reward).float())

@@ -1,6 +1,9 @@
-"""Your own reward: any function of (prompts, responses). Here, a model that knows nothing learns to write words in "e".
+"""Your own reward: any function of (prompts, responses). This one counts the words that begin with "e".
 
-    python examples/your_own_reward.py      # about half a minute
+    python examples/your_own_reward.py      # about a quarter of a minute
+
+The model knows nothing at the start, and it learns what the function says rather than what was meant: look at the
+samples, and at what they cost in KL.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ PROMPTS = ["a tale of ", "once upon a ", "the sea and ", "we saw the "]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=60, help="of 64 episodes each")
+    parser.add_argument("--updates", type=int, default=30, help="of 64 episodes each")
     updates = parser.parse_args().updates
     torch.set_num_threads(1)
 

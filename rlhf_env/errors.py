@@ -39,5 +39,9 @@ class DataError(RLHFEnvError, ValueError):
     """A file of data is malformed; the message names file, line and reason."""
 
 
+class NegativeKLWarning(UserWarning):
+    """The mean KL to the reference is negative beyond chance, which no true KL is."""
+
+
 class UnboundPolicyWarning(UserWarning):
     """The environment charges the KL of a uniformly random policy because no policy was bound."""

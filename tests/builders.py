@@ -77,7 +77,7 @@ def make_envs(num_envs: int = 3, **kwargs: Any) -> TextGenerationVectorEnv:
     reference = kwargs.pop("reference", random_model())
     defaults: dict[str, Any] = {
         "prompts": PROMPTS,
-        "tokenizer": (reference or random_model()).tokenizer,
+        "tokenizer": random_model().tokenizer,
         "reward_model": letter_score,
         "reference": reference,
         "beta": 0.3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from rlhf_env.envs.binding import find_cores
 from rlhf_env.envs.task import TextTask
-from rlhf_env.errors import ConfigError
+from rlhf_env.errors import ConfigError, NegativeKLWarning
 from rlhf_env.functional import token_rewards
 from rlhf_env.models.decoding import sample_responses
 from rlhf_env.text.prompts import prompt_indices
@@ -83,6 +84,7 @@ def collect(
     if task.uses_reference:
         assert task.reference is not None
         rollout = dataclasses.replace(rollout, ref_logp=teacher_forced_logp(task.reference, rollout))
+        _alarm_on_negative(rollout.kl)
         core.observe_kl(rollout.kl.tolist())
     return dataclasses.replace(rollout, reward=_rewards(task, rollout))
 
@@ -101,6 +103,20 @@ def left_padded_prompts(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Ten
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, True
     return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def _alarm_on_negative(kl: Tensor) -> None:
+    """Warn where the mean of log π − log ref is below 0 by more than three standard errors (and by 0.05 nats)."""
+    mean = float(kl.mean())
+    error = float(kl.std()) / len(kl) ** 0.5 if len(kl) > 1 else float("inf")
+    if mean < -max(3 * error, 0.05):
+        warnings.warn(
+            f"the mean KL to the reference is {mean:.3f} ± {error:.3f} nats, and no true KL is negative: the sampler "
+            "does not draw from the distribution that its log-probabilities describe, or policy and reference follow "
+            "different laws; training on it drives the policy away",
+            NegativeKLWarning,
+            stacklevel=3,
+        )
 
 
 def _rewards(task: TextTask, rollout: Rollout) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from rlhf_env.envs.beta import AdaptiveBeta
 from rlhf_env.envs.binding import bind_policy
-from rlhf_env.errors import ConfigError, RewardError
+from rlhf_env.errors import ConfigError, NegativeKLWarning, RewardError
 from rlhf_env.training.collect import collect
 from tests.builders import PROMPTS, make_envs, random_model
 
@@ -136,6 +137,25 @@ def test_a_nan_score_names_the_sample():
     envs = make_envs(2, reward_model=lambda p, r: [0.0, float("nan"), 0.0])
     with pytest.raises(RewardError, match="1"):
         collect(random_model(), envs, ["abc", "d", "abc"])
+
+
+def test_a_negative_mean_kl_is_an_alarm():
+    """As when the reference is scored under another law than the policy sampled from."""
+
+    class Warmer:
+        def __init__(self, model):
+            self.decoder, self.model = model.decoder, model
+
+        def evaluate(self, rollout):
+            logp, values, entropy = self.model.evaluate(rollout)
+            return logp * 0.5, values, entropy
+
+    model = random_model()
+    with pytest.warns(NegativeKLWarning, match="no true KL is negative"):
+        collect(model, make_envs(4, tokenizer=model.tokenizer, reference=Warmer(model)), episodes=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collect(model, make_envs(4, reference=model), episodes=32)
 
 
 def test_truncation_cannot_be_collected():

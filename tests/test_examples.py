@@ -1,0 +1,77 @@
+"""Every example runs as it is typed, with a small budget, and learns what it says it learns."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch, capsys):
+    """Run one example as a script: the words of each line that it printed."""
+
+    def run(name: str, *arguments: object) -> list[list[str]]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(FOLDER / name), run_name="__main__")
+        return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def percent(text: str) -> float:
+    return float(text.removesuffix("%")) / 100
+
+
+def test_every_example_is_run_by_a_test_here():
+    here = Path(__file__).read_text(encoding="utf-8")
+    assert [path.name for path in FOLDER.glob("*.py") if f'example("{path.name}"' not in here] == []
+
+
+def test_known_optimum_prints_both_agents_below_the_optimum(example):
+    lines = example("known_optimum.py", "--worlds", 0, "--updates", 4)
+    (_, ours, gain, gold, kl, best_gold, best_kl), (_, theirs, *_) = lines[1:]
+    assert (ours, theirs) == ("ppo", "sb3:PPO")
+    assert 0 < percent(gain) < 1
+    best_gold, best_kl = float(best_gold.strip("(,")), float(best_kl.strip(")"))
+    # In world 0 at its β of 0.5, gain is the share of the optimum's objective, since the reference's objective is 0.
+    own = (float(gold) - 0.5 * float(kl)) / (best_gold - 0.5 * best_kl)
+    assert percent(gain) == pytest.approx(own, abs=0.002)
+
+
+def test_your_own_algorithm_climbs_from_below_the_reference(example):
+    lines = example("your_own_algorithm.py", "--updates", 30)
+    assert lines[0][:2] == ["the", "optimum's"]
+    gains = [percent(row[-1]) for row in lines[3:]]
+    assert [int(row[0]) for row in lines[3:]] == list(range(0, 31, 3))
+    assert gains[0] < 0 < gains[-1] < 1  # a uniform network is worse than the reference
+
+
+def test_your_own_reward_is_what_the_model_learns(example):
+    lines = example("your_own_reward.py", "--updates", 8)
+    updates = [int(row[0]) for row in lines[1:9]]
+    before, after = float(lines[10][4]), float(lines[10][6])  # score of 256 responses: … before, … after
+    assert updates == list(range(1, 9)) and before < 0.2 < 0.5 < after
+    assert len(lines[13::2]) == 4 and all("before:" in row for row in lines[13::2])
+
+
+def test_sb3_ppo_starts_at_the_reference_and_raises_the_score(example):
+    lines = example("sb3_ppo.py", "--updates", 8)
+    rows = lines[1:6]
+    assert [int(row[0]) for row in rows] == [0, 1536, 3072, 4608, 6144]
+    assert float(rows[0][4]) == 0 < float(rows[-1][4])  # KL to the reference
+    assert float(rows[-1][1]) > float(rows[0][1]) + 0.2
+    shown = [float(row[-1].strip("()")) for row in lines[7:]]
+    assert len(shown) == 4 and all(-1 <= score <= 1 for score in shown)  # VADER's range
+
+
+@pytest.mark.slow
+def test_stories_leaves_a_run_for_each_agent(example, shared_data, tmp_path):
+    model = shared_data / "models" / "stories260k-llama"
+    lines = example("stories.py", "--model", model, "--out", tmp_path, "--seeds", 0, "--tokens", 1000)
+    best = [float(row[3]) for row in lines[:4]]
+    assert best == sorted(best)  # the more draws, the better the best
+    assert [row[:3] for row in lines[5::2]] == [["ppo", "0.1", "0"], ["sb3:PPO", "0.1", "0"], ["ppo", "0.0", "0"]]
+    assert len(list(tmp_path.glob("*/summary.json"))) == 3
