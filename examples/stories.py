@@ -4,7 +4,8 @@
 
 FOLDER is a Hugging Face folder of karpathy's stories260K (or any small story model). For each seed: our PPO and
 Stable-Baselines3's with the KL term, our PPO without it; beside them best-of-n from the model itself. The score is the
-VADER sentiment of the response, on openings that training never saw. Every run leaves its folder under --out; a finished one is not run again.
+VADER sentiment of the response, on openings that training never saw. Every run leaves its folder under --out; a
+finished one is not run again.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def main() -> None:
     torch.set_num_threads(1)
     best_of(settings(args.model, "ppo", args.beta, 0, args.tokens), draws=128)
     print(
-        f"{'agent':<10}{'β':>5}{'seed':>5}   score [95 %]            KL     distinct-2   path: (KL, score) every 10 updates"
+        f"{'agent':<10}{'β':>5}{'seed':>5}   {'score [95 %]':<22}{'KL':>6}   distinct-2   "
+        "path: (KL, score) every 10 updates"
     )
     for agent, beta in (("ppo", args.beta), ("sb3:PPO", args.beta), ("ppo", 0.0)):
         for seed in args.seeds:

@@ -66,6 +66,33 @@ def test_the_policy_gradient_is_the_exact_gradient_of_reward_minus_beta_kl():
         torch.testing.assert_close(a if a is not None else torch.zeros_like(b), b, atol=1e-8, rtol=1e-6)
 
 
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+def test_gae_with_exact_values_is_the_exact_advantage_on_average(lam):
+    """E[Â_t | s_t, a_t] = Q(s_t, a_t) − V(s_t) for every λ once V is exact, and E[Σ reward] = J(π): by listing.
+
+    With first-letter-slowest order, the responses that share a prefix of t letters are V^(T−t) consecutive rows.
+    """
+    world, policy = float64_world(1), float64_world(2).policy()
+    rollout, probability = listed_rollout(world, policy)
+    v, t_max = world.vocab_size, world.length
+    assert float((probability * rollout.reward.sum(1)).sum()) == pytest.approx(
+        float(world.objective(world.sequence_log_probs(policy).detach())), abs=1e-9
+    )
+
+    def average_over_futures(x: torch.Tensor, known: int) -> torch.Tensor:
+        """E[x | first `known` letters], spread back over the rows [N]."""
+        groups, weights = x.reshape(v**known, -1), probability.reshape(v**known, -1)
+        mean = (groups * weights).sum(1) / weights.sum(1)
+        return mean.repeat_interleave(groups.shape[1])
+
+    to_go = rollout.reward.flip(1).cumsum(1).flip(1)  # [N, T], the return from token t on
+    values = torch.stack([average_over_futures(to_go[:, t], t) for t in range(t_max)], dim=1)
+    advantages = gae(rollout.reward, values, rollout.response_mask, gamma=1.0, lam=lam)
+    for t in range(t_max):
+        q = average_over_futures(to_go[:, t], t + 1)
+        torch.testing.assert_close(average_over_futures(advantages[:, t], t + 1), q - values[:, t], atol=1e-9, rtol=0)
+
+
 def test_with_learning_rate_zero_the_policy_stays_itself_for_a_whole_run():
     """First ratio = 1, and every other one too: no dropout, no temperature, no mask on one side only."""
     policy = random_model()
