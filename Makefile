@@ -34,7 +34,7 @@ bench: $(STAMP)
 	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
 
 docs: $(STAMP)
-	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt sphinx furo
 	$(BIN)/python -m sphinx -W -b html docs docs/_build
 
 clean:

@@ -1,7 +1,7 @@
 """Proximal policy optimization for language models.
 
 Schulman et al. 2017 (arXiv 1707.06347) with the details of Ziegler et al. 2019 (arXiv 1909.08593) that
-"The N Implementation Details of RLHF with PPO" (Huang et al. 2024, arXiv 2403.17031) found to matter.
+"The N+ Implementation Details of RLHF with PPO" (Huang et al. 2024, arXiv 2403.17031) found to matter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rlhf_env.types import Policy, Rollout
 class PPOConfig:
     """Settings of PPO. The KL coefficient is the environment's (`beta`), since it defines the task."""
 
-    learning_rate: float = 1e-5  #: of Adam, at the start; small pretrained models like 1e-4 to 1e-3
+    learning_rate: float = 1e-5  #: of Adam, at the start; models of a million parameters take 1e-4
     anneal: bool = True  #: lower the learning rate linearly to 0 over the budget
     batch_size: int = 128  #: episodes collected per update
     epochs: int = 4  #: passes over each batch; more reuse samples further from the policy they came from
@@ -38,7 +38,7 @@ class PPOConfig:
     clip: float = 0.2  #: ε of the surrogate: how far a probability ratio may move before its gradient stops
     value_clip: float = 0.2  #: the same for values, in units of return
     value_coef: float = 0.1  #: weight of the value loss
-    entropy_coef: float = 0.0  #: weight of an entropy bonus, in reward per nat; changes the optimum, unlike the KL term
+    entropy_coef: float = 0.0  #: weight of an entropy bonus in the loss; unlike the KL term it changes the optimum
     gamma: float = 1.0  #: discount; below 1, late tokens (and the score) count less
     lam: float = 0.95  #: λ of GAE: 1 trusts returns (variance), 0 trusts values (bias)
     max_grad_norm: float = 1.0  #: gradients are scaled down to this norm
@@ -72,7 +72,7 @@ class PPO:
         metrics: defaultdict[str, list[float]] = defaultdict(list)
         shuffle = np.random.default_rng([self.seed, self.updates])
         for _ in range(c.epochs):
-            for rows in np.array_split(shuffle.permutation(len(rollout)), c.minibatches):
+            for rows in np.array_split(shuffle.permutation(len(rollout)), min(c.minibatches, len(rollout))):
                 rows = torch.from_numpy(rows).to(mask.device)
                 batch, m = rollout[rows], mask[rows]
                 logp, values, entropy = self.policy.evaluate(batch)

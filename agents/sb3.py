@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wr
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from rlhf_env.envs.binding import find_cores
+from rlhf_env.envs.binding import find_cores, push_to
 from rlhf_env.envs.core import Observation, TokenMDP
 from rlhf_env.envs.vector import TextGenerationVectorEnv
 from rlhf_env.errors import ConfigError, TokenizerError
@@ -59,8 +59,7 @@ class SB3VecEnv(VecEnv):
         """Begin an episode in every environment, with the seeds and options given to `seed` and `set_options`."""
         seeds = None if all(s is None for s in self._seeds) else self._seeds
         prompts = [options.get("prompt") if options else None for options in self._options]
-        options = {"prompt": prompts} if all(p is not None for p in prompts) else None
-        observation, infos = self.venv_.reset(seed=seeds, options=options)
+        observation, infos = self.venv_.reset(seed=seeds, options={"prompt": prompts})
         self.reset_infos = _info_list(infos, self.num_envs)
         self._reset_seeds()
         self._reset_options()
@@ -260,7 +259,7 @@ def attach_sb3(model: Any) -> RemovableHandle:
     normalizer = unwrap_vec_wrapper(env, VecNormalize)
     if normalizer is not None and normalizer.norm_obs:
         raise ConfigError("VecNormalize would turn token ids into small floats: use norm_obs=False")
-    if not isinstance(model.policy, ActorCriticPolicy):
+    if not hasattr(model.policy, "evaluate_actions"):  # as all actor-critic policies have, MaskablePPO's included
         raise ConfigError(
             f"{type(model).__name__}'s policy does not give log-probabilities of its actions: make the environment "
             "with kl_mode='reference' (exact for deterministic policies)"
@@ -270,11 +269,8 @@ def attach_sb3(model: Any) -> RemovableHandle:
         model.policy.law = cores[0].task.law
     for core in cores:
         core.expect_push()
-    sizes = np.cumsum([core.num_slots for core in cores])[:-1]
 
     def push(module: torch.nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
-        actions, logp = output[0].detach().cpu().numpy().reshape(-1), output[2].detach().cpu().numpy()
-        for core, a, p in zip(cores, np.split(actions, sizes), np.split(logp, sizes), strict=True):
-            core.push(p, a)
+        push_to(cores, output[2], output[0])
 
     return model.policy.register_forward_hook(push)

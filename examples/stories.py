@@ -3,7 +3,8 @@
     python examples/stories.py --model FOLDER --out runs/stories --seeds 0 1 2
 
 FOLDER is a Hugging Face folder of karpathy's stories260K (or any small story model). For each seed: our PPO and
-Stable-Baselines3's with the KL term, our PPO without it; beside them best-of-n from the model itself. The score is the
+Stable-Baselines3's with the KL term, our PPO without it, at that
+learning rate and at ten times it; beside them best-of-n from the model itself. The score is the
 VADER sentiment of the response, on openings that training never saw. Every run leaves its folder under --out; a
 finished one is not run again.
 """
@@ -27,9 +28,11 @@ from rlhf_env.training.run import run_training
 HERE = Path(__file__).parent
 
 
-def settings(model: str, agent: str, beta: float, seed: int, tokens: int) -> TrainConfig:
-    ours = {"learning_rate": 2e-4, "batch_size": 128}
-    theirs = {"learning_rate": 2e-4, "n_epochs": 4, "n_steps": 96, "max_grad_norm": 1.0, "vf_coef": 0.1}
+def settings(model: str, agent: str, beta: float, rate: float, seed: int, tokens: int) -> TrainConfig:
+    shared = {"learning_rate": rate, "max_grad_norm": 1.0}
+    ours = {**shared, "batch_size": 256, "epochs": 1, "lam": 1.0}
+    # The same amount per update: 96 steps of 128 environments are 256 responses; a quarter of them per minibatch.
+    theirs = {**shared, "n_steps": 96, "batch_size": 3072, "n_epochs": 1, "gae_lambda": 1.0, "vf_coef": 0.05}
     return TrainConfig(
         policy=model,
         prompts=str(HERE / "story_openings.txt"),
@@ -38,9 +41,9 @@ def settings(model: str, agent: str, beta: float, seed: int, tokens: int) -> Tra
         agent=agent,
         tokens=tokens,
         seed=seed,
-        num_envs=64,
+        num_envs=128,
         eval_episodes=384,
-        eval_every=10,
+        eval_every=8,
         env=EnvConfig(beta=beta, max_new_tokens=48),
         settings=theirs if agent.startswith("sb3:") else ours,
     )
@@ -64,28 +67,30 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--beta", type=float, default=0.1)
-    parser.add_argument("--tokens", type=int, default=600_000)
+    parser.add_argument("--beta", type=float, default=0.03)
+    parser.add_argument("--tokens", type=int, default=800_000)
+    parser.add_argument("--only", type=int, nargs="+", help="rows of the table, from 0, e.g. to share them out")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    best_of(settings(args.model, "ppo", args.beta, 0, args.tokens), draws=128)
+    best_of(settings(args.model, "ppo", args.beta, 1e-4, 0, args.tokens), draws=128)
     print(
-        f"{'agent':<10}{'β':>5}{'seed':>5}   {'score [95 %]':<22}{'KL':>6}   distinct-2   "
-        "path: (KL, score) every 10 updates"
+        f"{'agent':<8}{'β':>5}{'rate':>8}{'seed':>5}   {'score [95 %]':<22}{'KL':>7}  distinct-2  path: (KL, score) …"
     )
-    for agent, beta in (("ppo", args.beta), ("sb3:PPO", args.beta), ("ppo", 0.0)):
+    rows = [("ppo", args.beta, 1e-4), ("sb3:PPO", args.beta, 1e-4), ("ppo", 0.0, 1e-4), ("ppo", 0.0, 1e-3)]
+    for agent, beta, rate in rows if args.only is None else [rows[i] for i in args.only]:
         for seed in args.seeds:
-            out = args.out / f"{agent.replace(':', '-')}-beta{beta}-seed{seed}"
+            out = args.out / f"{agent.replace(':', '-')}-beta{beta}-rate{rate}-seed{seed}"
             if not (out / "summary.json").exists():
-                run_training(settings(args.model, agent, beta, seed, args.tokens), out)
+                run_training(settings(args.model, agent, beta, rate, seed, args.tokens), out)
             s = read_json(out / "summary.json")
-            rows = [r for r in read_jsonl(out / "metrics.jsonl") if "eval_kl" in r]
-            path = " ".join(f"({r['eval_kl']:.1f}, {r['eval_score']:.2f})" for r in rows)
-            low, high = s["score_low_after"], s["score_high_after"]
-            print(f"{agent:<10}{beta:>5}{seed:>5}   {s['score_after']:.3f} [{low:.3f}, {high:.3f}]  ", end="")
-            print(f"{s['kl']:6.2f}   {s['distinct_2']:.3f}   {path}", flush=True)
+            path = [r for r in read_jsonl(out / "metrics.jsonl") if "eval_kl" in r]
+            text = " ".join(f"({r['eval_kl']:.1f}, {r['eval_score']:.2f})" for r in path)
+            interval = f"{s['score_after']:.3f} [{s['score_low_after']:.3f}, {s['score_high_after']:.3f}]"
+            print(
+                f"{agent:<8}{beta:>5}{rate:>8}{seed:>5}   {interval:<22}{s['kl']:>7.2f}  {s['distinct_2']:.3f}  {text}"
+            )
             sample = read_jsonl(out / "samples.jsonl")[0]
-            print(f"    {safe_text(sample['prompt'])} | {safe_text(sample['after'])}")
+            print(f"    {safe_text(sample['prompt'])} | {safe_text(sample['after'])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import gymnasium as _gym
 if TYPE_CHECKING:
     from rlhf_env.envs.beta import AdaptiveBeta as AdaptiveBeta
     from rlhf_env.envs.binding import bind_policy as bind_policy
+    from rlhf_env.envs.binding import push_logprobs as push_logprobs
     from rlhf_env.envs.single import TextGenerationEnv as TextGenerationEnv
     from rlhf_env.envs.vector import TextGenerationVectorEnv as TextGenerationVectorEnv
     from rlhf_env.errors import MissingLogProbError as MissingLogProbError
@@ -40,6 +41,7 @@ _PUBLIC = {
     "bind_policy": "envs.binding",
     "collect": "training.collect",
     "evaluate": "training.evaluate",
+    "push_logprobs": "envs.binding",
     "train": "training.loop",
 }
 

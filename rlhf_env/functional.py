@@ -160,10 +160,10 @@ def adaptive_beta_factor(kl: float, target: float, episodes: int, horizon: int) 
     """Factor by which β grows after `episodes` episodes whose mean KL was `kl` nats per sequence.
 
     1 + clip(kl / target − 1, −0.2, 0.2) · episodes / horizon; Ziegler et al. 2019, arXiv 1909.08593, §2.2.
-    `horizon` counts episodes.
+    `horizon` counts episodes; more of them at once than that count as `horizon`, or β could turn negative.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
-    return 1.0 + error * episodes / horizon
+    return 1.0 + error * min(episodes / horizon, 1.0)
 
 
 # --- sampling --------------------------------------------------------------------------------------

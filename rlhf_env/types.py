@@ -29,10 +29,10 @@ class SamplingLaw:
     banned_tokens: tuple[int, ...] = ()  #: never written
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not 0 < self.temperature < float("inf"):
             raise ConfigError(
-                f"temperature must be positive, got {self.temperature}: greedy decoding has no log-probabilities to "
-                "train on; to evaluate greedily, use generate(..., greedy=True)"
+                f"temperature must be positive and finite, got {self.temperature}: greedy decoding has no "
+                "log-probabilities to train on; to evaluate greedily, use generate(..., greedy=True)"
             )
         for token in self.banned_tokens:
             if not 0 <= token < self.vocab_size:

@@ -333,6 +333,10 @@ def test_beta_follows_the_kl(kl: float, factor: float) -> None:
     assert adaptive_beta_factor(kl, target=6.0, episodes=100, horizon=1000) == pytest.approx(factor, abs=1e-12)
 
 
+def test_a_batch_larger_than_the_horizon_cannot_turn_beta_negative() -> None:
+    assert adaptive_beta_factor(0.0, target=6.0, episodes=1000, horizon=100) == 0.8  # and not 1 − 0.2 · 10
+
+
 # --- sampling --------------------------------------------------------------------------------------
 
 

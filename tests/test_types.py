@@ -104,9 +104,10 @@ def test_allowed_by_hand() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0: greedy decoding"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0: greedy decoding"),
         ({"temperature": -1.0}, "temperature must be positive"),
-        ({"temperature": math.nan}, "temperature must be positive, got nan"),
+        ({"temperature": math.nan}, "temperature must be positive and finite, got nan"),
+        ({"temperature": math.inf}, "temperature must be positive and finite, got inf"),
         ({"banned_tokens": (1, 3)}, "banned token 3 is outside the vocabulary of 3"),
         ({"banned_tokens": (-1,)}, "banned token -1 is outside"),
         ({"banned_tokens": (0, 1, 2)}, "no token is left to write"),

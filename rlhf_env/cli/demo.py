@@ -112,7 +112,7 @@ def _reviews(out: Path, seed: int) -> dict[str, Any]:
         f"\n2. A tiny GPT-2 learns to write from {len(texts):,} film reviews, then to like the films (VADER sentiment)"
     )
     tokenizer = word_tokenizer(texts)
-    eos = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    eos: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     writer = CausalLM.from_config(tiny_config("gpt2", len(tokenizer), **eos), tokenizer, seed=seed)
     for step in fit_texts(writer, texts, SFTConfig(learning_rate=2e-3, epochs=4), seed=seed):
         if step["step"] % 63 == 0:

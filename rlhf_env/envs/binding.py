@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_env.envs.core import Observation, TokenMDP
+from rlhf_env.envs.core import Observation, TokenMDP, as_array
 from rlhf_env.errors import ConfigError
 
 
@@ -45,3 +45,20 @@ def bind_policy(env: Any, policy: Callable[[Observation, NDArray[np.int64]], Any
             core.bind(lambda obs, actions, law=law: policy.action_log_probs(obs, actions, law))
         else:
             core.bind(policy)
+
+
+def push_logprobs(env: Any, logp: Any, actions: Any) -> None:
+    """Tell `env`, which may be wrapped, log π of the actions that its next `step` will be given, [N] each."""
+    push_to(find_cores(env), logp, actions)
+
+
+def push_to(cores: Sequence[TokenMDP], logp: Any, actions: Any) -> None:
+    """`push_logprobs` for state machines already found: each gets its own part."""
+    borders = np.cumsum([core.num_slots for core in cores])[:-1]
+    for core, p, a in zip(
+        cores,
+        np.split(as_array(logp).reshape(-1), borders),
+        np.split(as_array(actions).reshape(-1), borders),
+        strict=True,
+    ):
+        core.push(p, a)

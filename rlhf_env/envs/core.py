@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from rlhf_env.envs.beta import AdaptiveBeta
 from rlhf_env.envs.rendering import render_ansi
 from rlhf_env.envs.task import StopReason, TextTask
-from rlhf_env.errors import MissingLogProbError, UnboundPolicyWarning
+from rlhf_env.errors import MissingLogProbError, NonFiniteError, UnboundPolicyWarning
 from rlhf_env.types import Decoder
+
+_KL_BATCH = 64  # finished episodes after which an adaptive β moves: its clip is meant for the mean of many
 
 Observation = dict[str, NDArray[Any]]
 LogProbFn = Callable[[Observation, NDArray[np.int64]], Any]
@@ -29,6 +31,11 @@ class Transition:
     truncated: NDArray[np.bool_]  # [N]
     info: dict[str, NDArray[np.float64]]  # per-token quantities, [N] each
     final_info: dict[int, dict[str, Any]]  # slot → decomposition of the episode that ended there
+
+
+def as_array(values: Any) -> NDArray[Any]:
+    """Numbers as a NumPy array, also from a torch tensor with gradient or on another device."""
+    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
 
 
 class TokenMDP:
@@ -49,6 +56,7 @@ class TokenMDP:
         self.episode_beta = np.zeros(n)
         self.logp, self.ref_logp, self.reward = (np.zeros((n, t)) for _ in range(3))
         self.final_info: list[dict[str, Any]] = [{} for _ in range(n)]  # of each slot's present or last episode
+        self._finished_kl: list[float] = []  # of episodes that an adaptive β has not heard of yet
         self._decoder: Decoder | None = None
         self._log_prob_fn: LogProbFn | None = None
         self._pushed: tuple[NDArray[np.float64], NDArray[np.int64]] | None = None
@@ -67,7 +75,7 @@ class TokenMDP:
 
     def push(self, logp: Any, actions: Any) -> None:
         """Tell log π of the actions that the next step will be given, [N] each."""
-        logp, actions = np.array(logp, dtype=np.float64), np.array(actions, dtype=np.int64)
+        logp, actions = as_array(logp).astype(np.float64), as_array(actions).astype(np.int64)
         if logp.shape != (self.num_slots,) or actions.shape != (self.num_slots,):
             raise ValueError(
                 f"push_logprobs wants one log-probability and one action per environment, [{self.num_slots}], "
@@ -89,7 +97,7 @@ class TokenMDP:
                     "stepped: push the log-probabilities of exactly the actions given to the next step"
                 )
         elif self._log_prob_fn is not None:
-            logp = np.asarray(self._log_prob_fn(self.observation(), actions), dtype=np.float64)
+            logp = as_array(self._log_prob_fn(self.observation(), actions)).astype(np.float64)
             if logp.shape != (self.num_slots,):
                 raise ValueError(f"the bound policy returned shape {logp.shape}, expected ({self.num_slots},)")
         elif self._knows_policy:
@@ -102,8 +110,9 @@ class TokenMDP:
                 self._warned = True
                 warnings.warn(
                     "no policy is bound, so the KL of a uniformly random policy is charged, which is right for "
-                    "action_space.sample() only: call rlhf_env.bind_policy(env, fn), env.push_logprobs(logp, actions) "
-                    "before each step, or attach_sb3(model); or make the environment with kl_mode='off'",
+                    "action_space.sample() only: call rlhf_env.bind_policy(env, fn), or before each step "
+                    "rlhf_env.push_logprobs(env, logp, actions), or attach_sb3(model); or make the environment with "
+                    "kl_mode='off'",
                     UnboundPolicyWarning,
                     stacklevel=5,
                 )
@@ -192,6 +201,7 @@ class TokenMDP:
             cut[[slot for slot in finished if stop[slot] == "length"]] = True
 
         scored = [slot for slot in finished if not cut[slot]]
+        self.active[going] = False  # should the reward model fail, nobody can go on from a half-done step
         worth = self._score(scored, stop)
         for slot in finished:
             self.final_info[slot] = self._decomposition(slot, stop[slot], info, worth.get(slot))
@@ -199,12 +209,15 @@ class TokenMDP:
             if task.kl_placement == "terminal" and "kl" in self.final_info[slot] and task.kl_mode == "reward":
                 reward[slot] -= self.episode_beta[slot] * self.final_info[slot]["kl"]
         self.reward[going, t] = reward[going]
-        self.active[finished] = False
+        self.active[going] = ~over[going]
         if self._decoder is not None:
             alive = [slot for slot in going.tolist() if not over[slot]]
             if alive:
                 self._decoder.append(actions[alive], alive)
-        self.observe_kl([self.final_info[slot]["kl"] for slot in finished if "kl" in self.final_info[slot]])
+        self._finished_kl += [self.final_info[slot]["kl"] for slot in finished if "kl" in self.final_info[slot]]
+        if len(self._finished_kl) >= _KL_BATCH:
+            self.observe_kl(self._finished_kl)
+            self._finished_kl = []
         return Transition(reward, over & ~cut, cut, info, {slot: dict(self.final_info[slot]) for slot in finished})
 
     def _checked(self, actions: Any, stepping: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -213,7 +226,7 @@ class TokenMDP:
             raise ValueError(
                 f"actions must be {self.num_slots} token ids (integers), got shape {actions.shape} of {actions.dtype}"
             )
-        actions = actions.astype(np.int64)
+        actions = np.where(stepping, actions, 0).astype(np.int64)  # a row that only resets may be given anything
         if (stepping & ~self.active).any():
             slot = int(np.flatnonzero(stepping & ~self.active)[0])
             raise RuntimeError(f"the episode in environment {slot} is over (or never began): reset it first")
@@ -238,6 +251,12 @@ class TokenMDP:
         rows = np.flatnonzero(stepping)
         ref_logp = np.zeros(self.num_slots)
         ref_logp[rows] = table[rows.tolist(), actions[rows].tolist()].cpu().numpy()
+        if not np.isfinite(ref_logp).all():
+            slot = int(np.flatnonzero(~np.isfinite(ref_logp))[0])
+            raise NonFiniteError(
+                f"the reference's log-probability of action {actions[slot]} in environment {slot} is {ref_logp[slot]}: "
+                "its weights hold NaN or infinity, or its logits overflow"
+            )
         return ref_logp
 
     def _maybe_over(self, actions: NDArray[np.int64], stepping: NDArray[np.bool_]) -> list[int]:

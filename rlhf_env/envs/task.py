@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rlhf_env.envs.beta import AdaptiveBeta
 from rlhf_env.envs.rewards import scores_of
-from rlhf_env.errors import ConfigError, EmptyPromptError, PromptTooLongError
+from rlhf_env.errors import ConfigError, EmptyPromptError, PromptTooLongError, TokenizerError
 from rlhf_env.text.codec import Codec
 from rlhf_env.types import Policy, RewardModel, SamplingLaw
 
@@ -101,15 +101,16 @@ def make_task(
     length_limit: Literal["terminate", "truncate"] = "terminate",
     kl_mode: KLMode = "reward",
     kl_placement: Literal["token", "terminal"] = "token",
-    chat_template: str | None = None,
+    chat_template: str | None = "auto",
 ) -> tuple[TextTask, float | AdaptiveBeta]:
     """Check the environment's keywords and turn them into a law and a β.
 
     `prompts` are texts, `tokenizer` any Hugging Face tokenizer, `reward_model` any callable of (prompts, responses),
     `reference` any policy (`policy.frozen_copy()`). `temperature`, `min_new_tokens` and `banned_tokens` shape the
     policy's and the reference's distributions alike. A response ends at EOS (unless `stop_at_eos=False`), once its
-    text holds one of `stop_strings`, or after `max_new_tokens`, which costs `missing_eos_penalty`. What `kl_mode`,
-    `kl_placement` and `length_limit` mean is in the documentation's page on the MDP.
+    text holds one of `stop_strings`, or after `max_new_tokens`, which costs `missing_eos_penalty`. Prompts go through
+    the tokenizer's chat template where it has one (`chat_template`: "auto", "none" or a Jinja template). What
+    `kl_mode`, `kl_placement` and `length_limit` mean is in the documentation's page on the MDP.
     """
     for name, value, choices in (
         ("kl_mode", kl_mode, ("reward", "reference", "observe", "off")),
@@ -124,6 +125,13 @@ def make_task(
         raise ConfigError("prompts must be a sequence of texts, not one string")
     if len(prompts) == 0:
         raise ConfigError("there are no prompts")
+    if min_new_tokens > max_new_tokens:
+        raise ConfigError(f"min_new_tokens={min_new_tokens} is more than max_new_tokens={max_new_tokens} allows")
+    if isinstance(stop_strings, str) or "" in stop_strings:
+        raise ConfigError(f"stop_strings must be a sequence of texts that are not empty, got {stop_strings!r}")
+    for name, value in (("beta", beta), ("missing_eos_penalty", missing_eos_penalty)):
+        if not isinstance(value, AdaptiveBeta) and not 0 <= value < np.inf:
+            raise ConfigError(f"{name} must be a finite number of at least 0, got {value}")
     charged = isinstance(beta, AdaptiveBeta) or beta != 0
     if charged and kl_mode in ("reward", "reference") and reference is None:
         raise ConfigError(
@@ -134,6 +142,11 @@ def make_task(
 
     codec = tokenizer if isinstance(tokenizer, Codec) else Codec(tokenizer, chat_template=chat_template)
     eos = codec.require_eos() if stop_at_eos else None
+    theirs = getattr(reference, "tokenizer", codec.tokenizer)
+    if theirs is not codec.tokenizer and Codec.of(theirs).fingerprint != codec.fingerprint:
+        raise TokenizerError(
+            "the reference has another vocabulary than the environment's tokenizer: KL between them means nothing"
+        )
     law = SamplingLaw(codec.vocab_size, eos, temperature, min_new_tokens, tuple(banned_tokens))
     ids = tuple(_encode(codec, prompt, f"prompt {row}") for row, prompt in enumerate(prompts))
     longest = max(range(len(ids)), key=lambda row: len(ids[row]))

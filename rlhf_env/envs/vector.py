@@ -67,7 +67,8 @@ class TextGenerationVectorEnv(VectorEnv[Observation, NDArray[np.int64], NDArray[
     ) -> tuple[Observation, dict[str, Any]]:
         """Begin an episode in every environment, or in those of `options["reset_mask"]` (bool [N]).
 
-        Environment i is seeded with `seed + i`. `options["prompt"]` is one text for all or a list of N.
+        Environment i is seeded with `seed + i`. `options["prompt"]` is one text for all or a list of N,
+        where None means one of the environment's own.
         """
         options = options or {}
         mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, dtype=np.bool_)))
@@ -143,21 +144,24 @@ class TextGenerationVectorEnv(VectorEnv[Observation, NDArray[np.int64], NDArray[
         return generator
 
     def _begin(
-        self, rows: list[int], infos: dict[str, Any], given: str | Sequence[str] | None = None
+        self, rows: list[int], infos: dict[str, Any], given: str | Sequence[str | None] | None = None
     ) -> dict[str, Any]:
         """Start episodes in `rows` and add what a reset reports to `infos`."""
         if not rows:
             return infos
-        if given is None:
-            chosen = [int(self._generator(i).integers(len(self.task.prompts))) for i in rows]
-            prompts = [self.task.prompts[c] for c in chosen]
-            ids = [self.task.prompt_ids[c] for c in chosen]
-        else:
-            every = [given] * self.num_envs if isinstance(given, str) else list(given)
-            if len(every) != self.num_envs:
-                raise ValueError(f"options['prompt'] has {len(every)} texts for {self.num_envs} environments")
-            prompts = [every[i] for i in rows]
-            ids = [self.task.encode_prompt(every[i], where=f"options['prompt'][{i}]") for i in rows]
+        every = [given] * self.num_envs if given is None or isinstance(given, str) else list(given)
+        if len(every) != self.num_envs:
+            raise ValueError(f"options['prompt'] has {len(every)} texts for {self.num_envs} environments")
+        prompts: list[str] = []
+        ids: list[Sequence[int]] = []
+        for i in rows:
+            if (prompt := every[i]) is None:
+                chosen = int(self._generator(i).integers(len(self.task.prompts)))
+                prompts.append(self.task.prompts[chosen])
+                ids.append(self.task.prompt_ids[chosen])
+            else:
+                prompts.append(prompt)
+                ids.append(self.task.encode_prompt(prompt, where=f"options['prompt'][{i}]"))
         self.core.begin(rows, prompts, ids)
         for i, prompt in zip(rows, ids, strict=True):
             reset_info = {"prompt_length": len(prompt), "beta": float(self.core.episode_beta[i])}

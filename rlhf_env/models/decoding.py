@@ -45,7 +45,7 @@ class _Layer(Protocol):
 
 
 def _layers(cache: Cache) -> list[_Layer]:
-    if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+    if not cache.layers or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
         raise ConfigError(
             "this model keeps something else than keys and values between tokens, so its rows cannot restart on their "
             "own: only attention models can be decoded"

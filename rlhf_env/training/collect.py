@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_env.envs.binding import find_cores
 from rlhf_env.envs.task import TextTask
-from rlhf_env.errors import ConfigError, NegativeKLWarning
+from rlhf_env.errors import ConfigError, NegativeKLWarning, PromptTooLongError
 from rlhf_env.functional import token_rewards
 from rlhf_env.models.decoding import sample_responses
 from rlhf_env.text.prompts import prompt_indices
@@ -49,7 +49,16 @@ def collect(
         rows = prompt_indices(seed, start, episodes, len(task.prompts))
         prompts, prompt_ids = [task.prompts[r] for r in rows], [task.prompt_ids[r] for r in rows]
     else:
+        if isinstance(prompts, str):
+            raise ConfigError("prompts must be a sequence of texts, not one string")
         prompt_ids = [task.encode_prompt(prompt, where=f"prompt {row}") for row, prompt in enumerate(prompts)]
+    if not prompt_ids:
+        raise ConfigError("collect needs at least one prompt")
+    context, longest = getattr(policy, "context_length", None), max(map(len, prompt_ids))
+    if context is not None and longest + task.max_new_tokens > context:
+        raise PromptTooLongError(
+            f"{longest} tokens of prompt and {task.max_new_tokens} of response exceed the policy's context of {context}"
+        )
 
     samples = sample_responses(
         policy,
@@ -83,9 +92,10 @@ def collect(
     ).to(getattr(policy, "device", "cpu"))
     if task.uses_reference:
         assert task.reference is not None
-        rollout = dataclasses.replace(rollout, ref_logp=teacher_forced_logp(task.reference, rollout))
-        _alarm_on_negative(rollout.kl)
-        core.observe_kl(rollout.kl.tolist())
+        rollout = dataclasses.replace(rollout, ref_logp=teacher_forced_logp(task.reference, rollout)).require_finite()
+        if not greedy:  # the log-ratio of the most probable tokens is no estimate of the KL
+            _alarm_on_negative(rollout.kl)
+            core.observe_kl(rollout.kl.tolist())
     return dataclasses.replace(rollout, reward=_rewards(task, rollout))
 
 
@@ -106,9 +116,12 @@ def left_padded_prompts(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Ten
 
 
 def _alarm_on_negative(kl: Tensor) -> None:
-    """Warn where the mean of log π − log ref is below 0 by more than three standard errors (and by 0.05 nats)."""
+    """Warn where the mean of log π − log ref is below 0 by more than three standard errors (and by 0.05 nats).
+
+    Of fewer than 16 episodes the standard error itself is a guess: two alike would alarm one time in ten.
+    """
     mean = float(kl.mean())
-    error = float(kl.std()) / len(kl) ** 0.5 if len(kl) > 1 else float("inf")
+    error = float(kl.std()) / len(kl) ** 0.5 if len(kl) >= 16 else float("inf")
     if mean < -max(3 * error, 0.05):
         warnings.warn(
             f"the mean KL to the reference is {mean:.3f} ± {error:.3f} nats, and no true KL is negative: the sampler "

@@ -69,7 +69,8 @@ def evaluate(
             row["gold"] = value
     if task.uses_reference:
         assert task.reference is not None
-        metrics |= mean_interval("kl", own.kl.numpy(force=True))
+        if not greedy:  # the log-ratio of the most probable tokens is no estimate of the KL
+            metrics |= mean_interval("kl", own.kl.numpy(force=True))
         theirs = collect(task.reference, envs, prompts, seed=seed, greedy=greedy)
         metrics["reference_score"] = float(theirs.score.mean())
         difference = (own.score - theirs.score).numpy(force=True)

@@ -98,7 +98,7 @@ def test_with_learning_rate_zero_the_policy_stays_itself_for_a_whole_run():
     policy = random_model()
     before = [p.clone() for p in policy.parameters()]
     envs = make_envs(4, reference=random_model(), temperature=0.7, banned_tokens=(8, 10), min_new_tokens=2)
-    config = PPOConfig(learning_rate=0.0, batch_size=16, minibatches=3)
+    config = PPOConfig(learning_rate=0.0, value_learning_rate=0.0, batch_size=16, minibatches=3)
     for metrics in train(PPO(policy, config), envs, updates=3):
         assert metrics["max_ratio"] == pytest.approx(1, abs=1e-4)
         assert metrics["first_ratio_error"] < 1e-4
@@ -132,6 +132,90 @@ def test_what_stands_in_the_padding_reaches_nothing(poison):
     assert m1 == m2
 
 
+class Recorded:
+    """A policy that notes which episodes each gradient step saw, by their scores."""
+
+    def __init__(self, policy: CausalLM) -> None:
+        self.policy, self.scores = policy, []
+
+    def evaluate(self, rollout: Rollout):
+        self.scores.append(rollout.score.tolist())
+        return self.policy.evaluate(rollout)
+
+    def parameters(self):
+        return self.policy.parameters()
+
+    def value_parameters(self):
+        return self.policy.value_parameters()
+
+
+def written_out(policy: CausalLM, rollout: Rollout, c: PPOConfig, steps: list[list[int]], progress: float) -> None:
+    """PPO's update with loops over tokens and unpadded rows, and no code of ours but the value head."""
+    advantages, returns = [], []
+    for i, n in enumerate(rollout.lengths.tolist()):
+        r, v = rollout.reward[i, :n].tolist(), [*rollout.values[i, :n].tolist(), 0.0]
+        delta = [r[t] + c.gamma * v[t + 1] - v[t] for t in range(n)]
+        advantages.append([sum((c.gamma * c.lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)])
+        returns.append([a + b for a, b in zip(advantages[i], v, strict=False)])
+    every = [a for row in advantages for a in row]
+    mean = sum(every) / len(every)
+    deviation = (sum((a - mean) ** 2 for a in every) / len(every)) ** 0.5
+    body, head = ({"params": list(m.parameters())} for m in (policy.model, policy.value_head))
+    body["lr"], head["lr"] = ((1 - progress) * rate for rate in (c.learning_rate, c.value_learning_rate))
+    optimizer = torch.optim.Adam([body, head], eps=c.adam_eps)
+    for episodes in steps:
+        surrogate, value_error, entropy = [], [], []
+        for i in episodes:
+            n, prompt = len(advantages[i]), rollout.prompt_ids[i][rollout.prompt_mask[i]].tolist()
+            response = rollout.response_ids[i, :n].tolist()
+            output = policy.model(torch.tensor([prompt + response]), output_hidden_states=True)  # type: ignore[operator]
+            values = policy.value_head(output.hidden_states[-1][0, len(prompt) - 1 : -1])[:, 0]
+            log_probs = (output.logits[0, len(prompt) - 1 : -1] / rollout.law.temperature).log_softmax(-1)
+            for t in range(n):
+                ratio = (log_probs[t, response[t]] - rollout.logp[i, t]).exp()
+                a, target, old = (advantages[i][t] - mean) / deviation, returns[i][t], rollout.values[i, t]
+                surrogate.append(torch.minimum(ratio * a, ratio.clamp(1 - c.clip, 1 + c.clip) * a))
+                clipped = old + (values[t] - old).clamp(-c.value_clip, c.value_clip)
+                value_error.append(torch.maximum((values[t] - target) ** 2, (clipped - target) ** 2))
+                entropy.append(-(log_probs[t].exp() * log_probs[t]).sum())
+        loss = -torch.stack(surrogate).mean() + c.value_coef * 0.5 * torch.stack(value_error).mean()
+        loss = loss - c.entropy_coef * torch.stack(entropy).mean()
+        gradients = torch.autograd.grad(loss, list(policy.parameters()), allow_unused=True)
+        norm = sum((g**2).sum() for g in gradients if g is not None) ** 0.5
+        assert norm > c.max_grad_norm, "the limit must bind to be tested"
+        for p, g in zip(policy.parameters(), gradients, strict=True):
+            p.grad = None if g is None else g * c.max_grad_norm / (norm + 1e-6)
+        optimizer.step()
+
+
+def test_an_update_is_the_paper_written_out():
+    """Every setting away from its default, minibatches of unequal episodes, ratios that are clipped."""
+    config = PPOConfig(
+        learning_rate=0.02, value_learning_rate=0.05, batch_size=6, epochs=2, minibatches=2, clip=0.1,
+        value_clip=0.05, value_coef=0.3, entropy_coef=0.2, gamma=0.9, lam=0.7, max_grad_norm=0.4, adam_eps=1e-4,
+    )  # fmt: skip
+
+    def fresh() -> CausalLM:
+        policy = random_model(dtype="float64", seed=1)
+        torch.nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(0))
+        return policy
+
+    envs = make_envs(3, reference=random_model(dtype="float64"), temperature=0.8)
+    rollout = collect(fresh(), envs, episodes=6, seed=3)
+    assert len(rollout.lengths.unique()) > 1
+    rollout = dataclasses.replace(rollout, score=torch.arange(6.0, dtype=torch.float64))  # a name for each episode
+    policy = Recorded(fresh())
+    metrics = PPO(policy, config).update(rollout, progress=0.25)  # type: ignore[arg-type]
+    assert metrics["clip_fraction"] > 0
+    steps = [[int(score) for score in scores] for scores in policy.scores]
+    assert [sorted(a + b) for a, b in (steps[:2], steps[2:])] == [list(range(6))] * 2
+    assert sorted(steps[0]) != sorted(steps[2]), "each pass shuffles anew"
+    expected = fresh()
+    written_out(expected, rollout, config, steps, progress=0.25)
+    for a, b in zip(policy.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=0)  # whitening's ε of 1e-8 is all that differs
+
+
 def test_one_minibatch_of_all_is_the_gradient_of_all_in_any_order():
     """Permuting episodes changes nothing where every step sees them all."""
     rollout = collect(
@@ -157,6 +241,13 @@ def test_a_non_finite_step_is_refused_and_touches_no_weight(field):
     with pytest.raises(NonFiniteError, match=f"{field} of episode 3 of the batch"):
         PPO(policy, PPOConfig(batch_size=8)).update(dataclasses.replace(rollout, **{field: broken}))
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+def test_fewer_episodes_than_minibatches_are_a_minibatch_each():
+    rollout = collect(random_model(seed=1), make_envs(4, reference=random_model()), episodes=2)
+    policy = Recorded(random_model(seed=1))
+    PPO(policy, PPOConfig(epochs=1, minibatches=4)).update(rollout)  # type: ignore[arg-type]
+    assert [len(scores) for scores in policy.scores] == [1, 1]
 
 
 def test_broken_weights_name_the_episode():

@@ -264,6 +264,35 @@ def test_what_cannot_work_says_so():
     assert char_tokenizer("ab", special=False)
 
 
+def test_masked_ppo_is_charged_its_own_masked_policy():
+    """`attach_sb3` reaches a policy that is no `ActorCriticPolicy`, and no masked token is ever drawn."""
+    contrib = pytest.importorskip("sb3_contrib")
+    envs = make_envs(4, banned_tokens=(0, 8, 10), min_new_tokens=2)
+    model = contrib.MaskablePPO("MultiInputPolicy", SB3VecEnv(envs), n_steps=8, batch_size=16, seed=0, device="cpu")
+    attach_sb3(model)
+    charged = []
+
+    def keep(local, _):
+        logp = local["log_probs"].numpy()
+        charged.extend((p, i["logp"]) for p, i in zip(logp, local["infos"], strict=True) if "logp" in i)
+        assert not np.isin(local["actions"], [0, 8, 10]).any()
+        return True
+
+    model.learn(64, callback=keep)
+    assert len(charged) > 30
+    assert all(told == pytest.approx(own) for own, told in charged)
+
+
+def test_prompts_may_be_given_to_some_environments():
+    env = SB3VecEnv(make_envs(2, kl_mode="off"))
+    env.set_options([{"prompt": "abcabc"}, {}])
+    env.seed(3)
+    assert env.reset()["attention_mask"][0].sum() == 6
+    env.seed(3)
+    second = env.reset()["attention_mask"].sum(1)
+    assert second[1] == env.venv_.reset(seed=3)[0]["attention_mask"][1].sum()
+
+
 def test_prediction_needs_an_environment_without_kl():
     """`predict` samples outside the hook, so an attached environment says what to do instead of charging a guess."""
     model = make_model(SB3VecEnv(make_envs(2)))

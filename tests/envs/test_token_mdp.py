@@ -19,6 +19,7 @@ from rlhf_env.errors import (
     ConfigError,
     EmptyPromptError,
     MissingLogProbError,
+    NonFiniteError,
     PromptTooLongError,
     RewardError,
     TokenizerError,
@@ -129,7 +130,7 @@ def test_truncation_is_neither_scored_nor_penalised():
 
 
 def test_without_eos_only_the_length_ends_it():
-    env = single(tokenizer=char_tokenizer("abcdefghijk", special=False), stop_at_eos=False)
+    env = single(tokenizer=char_tokenizer("abcdefghijk", special=False), stop_at_eos=False, reference=None)
     bind_policy(env, lambda obs, actions: np.zeros(1))
     _, ends, info = play(env, [EOS] * 6)
     assert ends == (True, False) and info["stop_reason"] == "length"
@@ -242,15 +243,28 @@ def test_beta_zero_equals_no_reference():
     assert play(with_reference, [4, 2, EOS])[0] == play(without, [4, 2, EOS])[0]
 
 
-def test_beta_is_fixed_at_reset_and_adapts_between_episodes():
-    env = single(beta=AdaptiveBeta(initial=0.1, target=1.0, horizon=10))
+def test_beta_is_fixed_at_reset_and_adapts_to_the_mean_of_many_episodes():
+    env = single(beta=AdaptiveBeta(initial=0.1, target=1.0, horizon=640))
     bind_policy(env, lambda obs, actions: np.zeros(1))  # KL far above the target: the error is clipped to +20 %
-    _, info = env.reset(seed=0)
-    assert info["beta"] == 0.1
-    _, _, last = play(env, [4, 2, EOS])
-    assert last["beta"] == pytest.approx(0.1)
-    assert env.beta == pytest.approx(0.1 * 1.02)
-    assert env.reset()[1]["beta"] == pytest.approx(0.102)
+    for _ in range(64):
+        _, info = env.reset(seed=0)
+        assert info["beta"] == 0.1
+        _, _, last = play(env, [4, 2, EOS])
+        assert last["beta"] == 0.1
+    assert env.beta == pytest.approx(0.1 * (1 + 0.2 * 64 / 640))
+    assert env.reset()[1]["beta"] == env.beta
+
+
+def test_top_level_push_goes_through_wrappers_and_takes_tensors():
+    sync = SyncVectorEnv([lambda: gym.wrappers.RecordEpisodeStatistics(single())] * 2)
+    batch = gym.wrappers.vector.RecordEpisodeStatistics(make_envs(2))
+    logp, actions = torch.tensor([-1.5, -0.5], requires_grad=True), torch.tensor([4, 2])
+    rewards = []
+    for envs in (sync, batch):
+        envs.reset(seed=0)
+        rlhf_env.push_logprobs(envs, logp, actions)
+        rewards.append(envs.step(actions.numpy())[1])
+    np.testing.assert_allclose(rewards[0], rewards[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("scores", [[float("nan")], [1.0, 2.0], "x", [None]])
@@ -258,6 +272,32 @@ def test_a_broken_reward_model_stops_the_step(scores):
     env = single(kl_mode="off", reward_model=lambda prompts, responses: scores)
     with pytest.raises(RewardError):
         play(env, [EOS])
+
+
+def test_after_a_broken_reward_nobody_goes_on_from_half_a_step():
+    """The neighbour's token was written, but its reference never read it: its next KL would be wrong, unseen."""
+    answers = iter([float("nan"), 1.0])
+    envs = make_envs(2, reward_model=lambda prompts, responses: [next(answers)] * len(prompts))
+    bind_policy(envs, random_model(seed=1))
+    envs.reset(seed=0)
+    with pytest.raises(RewardError):
+        envs.step(np.array([EOS, 1]))
+    envs.reset(options={"reset_mask": np.array([True, False])})
+    with pytest.raises(RuntimeError, match="environment 1 is over.*reset it first"):
+        envs.step(np.array([EOS, 1]))
+    envs.reset()
+    assert envs.step(np.array([EOS, 1]))[2].tolist() == [True, False]
+
+
+def test_a_broken_reference_stops_the_step():
+    reference = random_model()
+    with torch.no_grad():
+        reference.model.get_input_embeddings().weight[3] = torch.nan  # type: ignore[operator]
+    envs = make_envs(2, reference=reference)
+    bind_policy(envs, lambda obs, actions: np.zeros(2))
+    envs.reset(options={"prompt": ["d", "d"]})
+    with pytest.raises(NonFiniteError, match="reference's log-probability of action 4 in environment 0 is nan"):
+        envs.step(np.array([4, 5]))
 
 
 # --- where log π comes from ------------------------------------------------------------------------
@@ -305,6 +345,25 @@ def test_a_row_that_is_only_reset_ignores_its_push():
     observation, reward, *_ = envs.step(np.array([7, 4]))  # 7 is ignored
     assert reward[0] == 0.0
     assert not observation["response_mask"][0].any()
+
+
+@pytest.mark.parametrize("ignored", [-1, 10**6])
+def test_a_bound_policy_is_never_asked_about_an_action_that_is_ignored(ignored):
+    envs = make_envs(2, autoreset_mode=AutoresetMode.NEXT_STEP)
+    bind_policy(envs, random_model(seed=1))
+    envs.reset(seed=0)
+    envs.step(np.array([EOS, 4]))
+    _, reward, *_ = envs.step(np.array([ignored, 4]))
+    assert reward[0] == 0.0 != reward[1]
+
+
+def test_a_reset_by_hand_leaves_no_reset_for_the_next_step():
+    envs = make_envs(2, kl_mode="off", autoreset_mode=AutoresetMode.NEXT_STEP)
+    envs.reset(seed=0)
+    assert envs.step(np.array([EOS, 4]))[2].tolist() == [True, False]
+    envs.reset(options={"reset_mask": np.array([True, False])})
+    observation, *_ = envs.step(np.array([3, 4]))
+    assert observation["response_mask"].sum(1).tolist() == [1, 2]
 
 
 def test_a_log_probability_that_is_not_finite():
@@ -370,6 +429,8 @@ def test_vector_reset_takes_prompts_for_each_environment():
     observation, info = envs.reset(options={"prompt": ["abc", "d"]})
     assert info["prompt_length"].tolist() == [3, 1]
     assert observation["input_ids"][:, 0].tolist() == [0, 3]
+    observation, info = envs.reset(seed=3, options={"prompt": ["abcabc", None]})
+    assert info["prompt_length"].tolist() == [6, envs.reset(seed=3)[1]["prompt_length"][1]]
     with pytest.raises(ValueError, match="1 texts for 2"):
         envs.reset(options={"prompt": ["abc"]})
 
@@ -391,6 +452,14 @@ def test_vector_reset_takes_prompts_for_each_environment():
         ({"temperature": 0.0}, ConfigError, "temperature must be positive"),
         ({"kl_mode": "rewards"}, ConfigError, "kl_mode must be one of"),
         ({"max_new_tokens": 1, "length_limit": "truncate"}, ConfigError, "too small"),
+        ({"min_new_tokens": 7, "max_new_tokens": 6}, ConfigError, "min_new_tokens=7 is more than"),
+        ({"stop_strings": "gh"}, ConfigError, "stop_strings must be a sequence"),
+        ({"stop_strings": ["gh", ""]}, ConfigError, "not empty"),
+        ({"beta": -0.1}, ConfigError, "beta must be a finite number of at least 0"),
+        ({"beta": float("nan")}, ConfigError, "beta must be a finite number"),
+        ({"missing_eos_penalty": float("inf")}, ConfigError, "missing_eos_penalty must be"),
+        ({"temperature": float("inf")}, ConfigError, "positive and finite"),
+        ({"tokenizer": char_tokenizer("hgfedcba")}, TokenizerError, "another vocabulary"),
         ({"banned_tokens": (11,)}, ConfigError, "outside the vocabulary"),
         ({"kl_mode": "reference", "kl_placement": "terminal"}, ConfigError, "kl_placement"),
         ({"render_mode": "rgb_array"}, TypeError, "render_mode"),

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_env.errors import NonFiniteError
+from rlhf_env.errors import ConfigError, NonFiniteError
 from rlhf_env.functional import inverse_cdf_sample
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.decoding import CachedDecoder, FullContextDecoder, Samples, sample_responses
+from rlhf_env.text.tokenizers import char_tokenizer
 from rlhf_env.types import SamplingLaw
 from tests.builders import make_rollout, random_model
 
@@ -81,6 +82,22 @@ def test_permuting_prompts_permutes_responses():
     assert torch.equal(straight.response_ids[order], shuffled.response_ids)
 
 
+def test_no_row_ever_stands_beyond_the_context():
+    """Neither one that fills the context exactly, beside refilled neighbours, nor one that waits to be restarted."""
+    policy, positions = random_model("gpt2"), []
+    policy.model.register_forward_pre_hook(
+        lambda module, args, kwargs: positions.append(int(kwargs["position_ids"].max())), with_kwargs=True
+    )
+    prompts = [[1] * 60, [2] * 3, [3] * 58, [4], [5] * 60]  # of a context of 64
+    drawn = sample(policy, prompts, num_rows=2, max_new_tokens=4, law=SamplingLaw(11, None))
+    assert drawn.response_mask.all()
+    decoder = policy.decoder(2, SamplingLaw(11, None))
+    decoder.start([0, 1], [[1] * 64, [2]])
+    for _ in range(10):
+        decoder.append(np.array([3]), [1])
+    assert max(positions) == 63
+
+
 def test_refilled_rows_are_not_a_sample_of_the_short():
     """All prompts are answered: the length distribution is that of decoding every prompt in a row of its own."""
     policy = random_model("gpt2", dtype="float64")
@@ -124,6 +141,52 @@ def test_inverse_cdf_by_hand():
     log_probs = torch.tensor([0.25, 0.0, 0.5, 0.25, 0.0]).log()
     uniform = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-24])
     assert inverse_cdf_sample(log_probs.expand(6, -1), uniform).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+def family(name: str) -> CausalLM:
+    import transformers
+
+    size = {"vocab_size": 11, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    odd = {
+        "Mistral": {"intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": 4},
+        "Qwen2": {
+            "intermediate_size": 48,
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 1,
+        },
+        "GPTNeoX": {"intermediate_size": 48},
+        "Bloom": {},  # no positions at all: attention falls with distance
+        "Mamba": {"state_size": 4},
+        "Mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 1},
+    }
+    tokens = {"bos_token_id": 8, "eos_token_id": 9, "pad_token_id": 10}
+    config = getattr(transformers, f"{name}Config")(**size, **odd[name], **tokens, initializer_range=0.3)
+    config.max_position_embeddings = 64
+    return CausalLM.from_config(config, char_tokenizer("abcdefgh"))
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Qwen2", "GPTNeoX", "Bloom"])
+def test_other_families_and_windows_shorter_than_the_sequence(name):
+    policy = family(name)
+    cached, oracle = sample(policy, max_new_tokens=14), sample(Uncached(policy), max_new_tokens=14, num_rows=2)
+    assert torch.equal(cached.response_ids, oracle.response_ids)
+    torch.testing.assert_close(cached.logp, oracle.logp, atol=1e-4, rtol=0)
+    responses = [ids[mask].tolist() for ids, mask in zip(cached.response_ids, cached.response_mask, strict=True)]
+    assert max(map(len, responses)) > 8
+    for i, (prompt, response) in enumerate(zip(PROMPTS, responses, strict=True)):  # Hugging Face alone, unpadded
+        with torch.no_grad():
+            logits = policy.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]  # type: ignore[operator]
+        t = torch.arange(len(response))
+        expected = SamplingLaw(11, 9, min_new_tokens=1).log_probs(logits, t)[t, torch.tensor(response)]
+        torch.testing.assert_close(cached.logp[i, : len(response)], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2"])
+def test_a_model_without_keys_and_values_is_refused_and_not_read_without_its_past(name):
+    with pytest.raises(ConfigError, match="only attention models can be decoded"):
+        sample(family(name))
 
 
 def test_greedy_is_the_argmax_of_the_uncached_path():

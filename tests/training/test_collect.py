@@ -11,7 +11,7 @@ import torch
 
 from rlhf_env.envs.beta import AdaptiveBeta
 from rlhf_env.envs.binding import bind_policy
-from rlhf_env.errors import ConfigError, NegativeKLWarning, RewardError
+from rlhf_env.errors import ConfigError, NegativeKLWarning, NonFiniteError, PromptTooLongError, RewardError
 from rlhf_env.training.collect import collect
 from tests.builders import PROMPTS, make_envs, random_model
 
@@ -158,6 +158,15 @@ def test_a_negative_mean_kl_is_an_alarm():
         collect(model, make_envs(4, reference=model), episodes=32)
 
 
+def test_a_few_episodes_are_no_ground_for_alarm():
+    envs, policy = make_envs(4, temperature=3.0), random_model(seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kls = [collect(policy, envs, episodes=2, start=2 * i).kl for i in range(40)]
+    assert torch.stack(kls).mean() > 0
+    assert any(kl.mean() < -3 * kl.std() / 2**0.5 and kl.mean() < -0.05 for kl in kls), "an innocent pair looks guilty"
+
+
 def test_truncation_cannot_be_collected():
     with pytest.raises(ConfigError, match="length_limit"):
         collect(random_model(), make_envs(2, length_limit="truncate"), episodes=2)
@@ -166,3 +175,29 @@ def test_truncation_cannot_be_collected():
 def test_collect_needs_to_know_how_much():
     with pytest.raises(ConfigError, match="how many episodes"):
         collect(random_model(), make_envs(2))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"), [([], "at least one prompt"), ("abc", "not one string"), (["abc", 3], "prompt 1 must be")]
+)
+def test_prompts_that_are_none(prompts, message):
+    with pytest.raises(ConfigError, match=message):
+        collect(random_model(), make_envs(2), prompts)
+
+
+def test_a_response_may_fill_the_policys_context_and_not_outgrow_it():
+    envs = make_envs(2, reference=None, beta=0.0, max_new_tokens=60, min_new_tokens=60)
+    rollout = collect(random_model(), envs, ["abcd", "a"])  # a context of 64
+    assert rollout.lengths.tolist() == [60, 60]
+    with pytest.raises(PromptTooLongError, match="5 tokens of prompt and 60 of response.*context of 64"):
+        collect(random_model(), envs, ["a", "abcde"])
+
+
+def test_a_broken_reference_is_named_and_moves_no_beta():
+    reference = random_model("llama")  # whose embedding is not its head too, so that only rows with a "d" break
+    with torch.no_grad():
+        reference.model.get_input_embeddings().weight[3] = torch.nan  # type: ignore[operator]
+    envs = make_envs(2, reference=reference, beta=AdaptiveBeta(initial=0.1), banned_tokens=(3,))
+    with pytest.raises(NonFiniteError, match="ref_logp of episode 1"):
+        collect(random_model(seed=1), envs, ["abc", "d"], seed=2)
+    assert envs.beta == 0.1
