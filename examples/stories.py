@@ -3,10 +3,9 @@
     python examples/stories.py --model FOLDER --out runs/stories --seeds 0 1 2
 
 FOLDER is a Hugging Face folder of karpathy's stories260K (or any small story model). For each seed: our PPO and
-Stable-Baselines3's with the KL term, our PPO without it, at that
-learning rate and at ten times it; beside them best-of-n from the model itself. The score is the
-VADER sentiment of the response, on openings that training never saw. Every run leaves its folder under --out; a
-finished one is not run again.
+Stable-Baselines3's with the KL term, our PPO without it at that learning rate and at ten times it; beside them
+best-of-n from the model itself. The score is the VADER sentiment of the response, on openings that training never saw.
+Every run leaves its folder under --out; a finished one is not run again.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def settings(model: str, agent: str, beta: float, rate: float, seed: int, tokens
         seed=seed,
         num_envs=128,
         eval_episodes=384,
-        eval_every=8,
+        eval_every=4,
         env=EnvConfig(beta=beta, max_new_tokens=48),
         settings=theirs if agent.startswith("sb3:") else ours,
     )
@@ -68,7 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--beta", type=float, default=0.03)
-    parser.add_argument("--tokens", type=int, default=800_000)
+    parser.add_argument("--tokens", type=int, default=400_000)
     parser.add_argument("--only", type=int, nargs="+", help="rows of the table, from 0, e.g. to share them out")
     args = parser.parse_args()
     torch.set_num_threads(1)

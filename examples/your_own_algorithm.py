@@ -15,7 +15,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-import rlhf_env  # noqa: F401  (registers the ids)
+import rlhf_env
 from rlhf_env.worlds.enumerable import EnumerableWorld
 
 
@@ -60,7 +60,7 @@ def main() -> None:
         logp, rewards = [], []
         for _ in range(world.length):  # all responses have this length, so all episodes end together
             actions, log_prob = network.act(observation)
-            envs.unwrapped.push_logprobs(log_prob.detach().numpy(), actions.numpy())  # type: ignore[attr-defined]
+            rlhf_env.push_logprobs(envs, log_prob, actions)
             observation, reward, *_ = envs.step(actions.numpy())
             logp.append(log_prob)
             rewards.append(torch.from_numpy(reward).float())

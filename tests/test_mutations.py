@@ -270,7 +270,7 @@ MUTATIONS = [
         "rlhf_env/envs/core.py",
         "(self.episode_beta * kl_token)",
         "(self.beta * kl_token)",
-        f"{MDP}::test_an_episode_is_charged_the_beta_it_began_with_whatever_its_neighbours_do",
+        f"{MDP}::test_an_episode_is_charged_the_beta_it_began_with",
     ),
     Mutation(
         "a missing EOS is rewarded",
@@ -482,8 +482,8 @@ MUTATIONS = [
     Mutation(
         "the hook pushes the step before",
         "agents/sb3.py",
-        "            core.push(p, a)",
-        "            core.push(getattr(core, 'late', p), a)\n            core.late = p",
+        "        push_to(cores, output[2], output[0])",
+        "        push_to(cores, getattr(module, 'late', output[2]), output[0])\n        module.late = output[2]",
         f"{SB3}::test_trained_weights_are_bitwise_equal_through_hook_bind_and_push",
     ),
     Mutation(

@@ -46,11 +46,12 @@ def evaluate(
     settings = cli.settings_from(EvaluateConfig, config, flags, overrides)
     cli.use_threads(threads)
 
-    from rlhf_env.cli.show import metrics_table, samples_table
+    from rlhf_env.cli.show import metrics_table, response_progress, samples_table
     from rlhf_env.training.inference import run_evaluation
     from rlhf_env.training.report import interval
 
-    found = run_evaluation(settings, out)
+    with response_progress() as show:
+        found = run_evaluation(settings, out, progress=show)
     names = [name for name in found.metrics if not name.endswith(("_low", "_high"))]
     values = [interval(found.metrics, name) for name in names]
     metrics_table({"metric": names, "value": values}, f"{len(found.samples)} responses")
@@ -90,11 +91,13 @@ def generate(
     from rich.console import Console
     from rich.text import Text
 
+    from rlhf_env.cli.show import response_progress
     from rlhf_env.records.jsonl import write_jsonl
     from rlhf_env.records.safe_text import safe_text
     from rlhf_env.training.inference import generate as generate_rows
 
-    rows = generate_rows(settings)
+    with response_progress() as show:
+        rows = generate_rows(settings, progress=show)
     if out is not None:
         write_jsonl(out, rows)
         return

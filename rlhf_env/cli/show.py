@@ -58,6 +58,29 @@ def training_progress(budget: Mapping[str, int]) -> Iterator[Callable[[dict[str,
     yield line
 
 
+@contextmanager
+def response_progress() -> Iterator[Callable[[int, int], None]]:
+    """A function that is told how many more responses are finished, of how many: a bar on a terminal, else lines."""
+    console = Console(stderr=True)
+    began = printed = time.monotonic()
+    done = 0
+    columns = (BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} responses  {task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(more: int, total: int) -> None:
+            nonlocal done, printed
+            done, now = done + more, time.monotonic()
+            rate = done / max(now - began, 1e-9)
+            facts = f"{rate:,.1f} per second  {clock(max(total - done, 0) / rate)} left"
+            bar.update(task, completed=done, total=total, description=facts)
+            if not console.is_terminal and now - printed >= _SECONDS_BETWEEN_LINES:
+                printed = now
+                print(f"{done:,}/{total:,} responses  {facts}", file=sys.stderr, flush=True)
+
+        yield show
+
+
 def metrics_table(columns: Mapping[str, Sequence[str]], title: str | None = None) -> None:
     """Print a table whose first column names the metrics and whose others are given as text."""
     table = Table(title=title, title_justify="left")

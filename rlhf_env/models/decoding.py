@@ -202,13 +202,14 @@ def sample_responses(
     num_rows: int = 32,
     greedy: bool = False,
     stop: Callable[[Sequence[int], list[int]], bool] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Samples:
     """One response to each prompt, decoded `num_rows` at a time; a finished row is refilled with the next prompt.
 
     All prompts are answered, so no response is favoured for being short. Response i depends only on its prompt and on
     `seeds[i]` (any sequence of integers), not on `num_rows` or its neighbours. `stop(prompt, response)` may end a
-    response on the token ids so far, EOS and length aside. Raises `NonFiniteError` naming the prompt whose distribution
-    broke.
+    response on the token ids so far, EOS and length aside; `progress` is told how many more are finished. Raises
+    `NonFiniteError` naming the prompt whose distribution broke.
     """
     total = len(prompts)
     uniform = np.stack(
@@ -244,6 +245,8 @@ def sample_responses(
                 ended[i] = stop(prompts[i], ids[i, : length[i]].tolist())
         done = ended[owner] | (length[owner] == max_new_tokens)
 
+        if progress is not None and done.any():
+            progress(int(done.sum()))
         refill = np.flatnonzero(done)[: total - waiting]
         going = np.flatnonzero(~done)
         if len(going) + len(refill) == 0:

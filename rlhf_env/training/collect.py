@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,15 @@ def collect(
     seed: int = 0,
     start: int = 0,
     greedy: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> Rollout:
     """Finished episodes of `policy` under the law of `envs`, in the order of their prompts.
 
     The same episodes that stepping the environment would give, and the same rewards, without stepping it. With
     `prompts`, one episode for each; otherwise `episodes` of the environment's own prompts, from position `start` of
     their endlessly reshuffled order. Episode i depends only on `seed`, `start + i` and its prompt. `envs` is a
-    `TextGenerationVectorEnv` (its `num_envs` rows are decoded side by side) or any wrapper of one.
+    `TextGenerationVectorEnv` (its `num_envs` rows are decoded side by side) or any wrapper of one. `progress` is
+    told how many more episodes are finished.
     """
     core = find_cores(envs)[0]
     task = core.task
@@ -69,6 +71,7 @@ def collect(
         num_rows=core.num_slots,
         greedy=greedy,
         stop=task.says_stop if task.stop_strings else None,
+        progress=progress,
     )
     ended = samples.ended
     responses = [row[m].tolist() for row, m in zip(samples.response_ids, samples.response_mask, strict=True)]

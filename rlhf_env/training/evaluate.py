@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ def evaluate(
     gold: RewardModel | ScoreFn | None = None,
     text: str | None = None,
     greedy: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Sample one response to each prompt and measure them, beside the reference's responses to the same prompts.
 
@@ -53,7 +54,7 @@ def evaluate(
     task, beta = core.task, core.beta
     if prompts is None:
         prompts = [task.prompts[row] for row in prompt_indices(seed, 0, episodes, len(task.prompts))]
-    own = collect(policy, envs, prompts, seed=seed, greedy=greedy)
+    own = collect(policy, envs, prompts, seed=seed, greedy=greedy, progress=progress)
     metrics = {
         **mean_interval("score", own.score.numpy(force=True)),
         **mean_interval("length", own.lengths.numpy(force=True)),
@@ -71,7 +72,7 @@ def evaluate(
         assert task.reference is not None
         if not greedy:  # the log-ratio of the most probable tokens is no estimate of the KL
             metrics |= mean_interval("kl", own.kl.numpy(force=True))
-        theirs = collect(task.reference, envs, prompts, seed=seed, greedy=greedy)
+        theirs = collect(task.reference, envs, prompts, seed=seed, greedy=greedy, progress=progress)
         metrics["reference_score"] = float(theirs.score.mean())
         difference = (own.score - theirs.score).numpy(force=True)
         wins = float((difference > 0).sum() + 0.5 * (difference == 0).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from rlhf_env.training.config import EvaluateConfig, GenerateConfig
 from rlhf_env.training.evaluate import Evaluation, evaluate
 from rlhf_env.training.report import surroundings
 
+Progress = Callable[[int, int], None]  # how many more responses are finished, of how many in all
 
-def run_evaluation(config: EvaluateConfig, out: str | Path | None = None) -> Evaluation:
+
+def run_evaluation(
+    config: EvaluateConfig, out: str | Path | None = None, *, progress: Progress | None = None
+) -> Evaluation:
     """Evaluate as `config` says and, where `out` is given, leave config, summary.json and samples.jsonl there."""
     if out is not None:
         require_free(out)
@@ -32,6 +37,7 @@ def run_evaluation(config: EvaluateConfig, out: str | Path | None = None) -> Eva
     reference = load_reference(config)
     beta = 0.0 if reference is None else config.env.beta
     envs = make_envs(config.env, config.num_envs, prompts, config.prompts, policy, reward, reference, beta)
+    total = (config.episodes or len(prompts)) * (1 if reference is None else 2)
     found = evaluate(
         policy,
         envs,
@@ -41,6 +47,7 @@ def run_evaluation(config: EvaluateConfig, out: str | Path | None = None) -> Eva
         gold=gold,
         text=text,
         greedy=config.greedy,
+        progress=None if progress is None else lambda more: progress(more, total),
     )
     if out is not None:
         run = Run.create(out, to_dict(config))
@@ -49,13 +56,14 @@ def run_evaluation(config: EvaluateConfig, out: str | Path | None = None) -> Eva
     return found
 
 
-def generate(config: GenerateConfig) -> list[dict[str, Any]]:
+def generate(config: GenerateConfig, *, progress: Progress | None = None) -> list[dict[str, Any]]:
     """One response to each prompt: rows of prompt, response, length in tokens, and whether it ended by itself."""
     parse_device(config.device)
     policy = CausalLM.from_pretrained(config.policy, device=config.device, dtype=config.dtype)
     prompts = [config.prompt] if config.prompt is not None else load_prompts(str(config.prompts))
     envs = make_envs(config.env, config.num_envs, prompts, config.prompts or "--prompt", policy, _unscored, None, 0.0)
-    rollout = collect(policy, envs, prompts, seed=config.seed, greedy=config.greedy)
+    tell = None if progress is None else lambda more: progress(more, len(prompts))
+    rollout = collect(policy, envs, prompts, seed=config.seed, greedy=config.greedy, progress=tell)
     responses = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
     texts = envs.task.codec.decode_responses(envs.task.prompt_ids, responses)
     return [

@@ -72,10 +72,12 @@ def test_observation_by_hand():
 
 def test_returned_arrays_are_the_callers():
     envs = make_envs(2, kl_mode="off")
-    observation, _ = envs.reset(seed=0)
-    observation["input_ids"][:] = 7
-    again, *_ = envs.step(np.array([1, 2]))
-    assert (again["input_ids"] != 7).any()
+    observation, _ = envs.reset(options={"prompt": "abc"})
+    for values in observation.values():
+        values[:] = 7
+    again, *_ = envs.step(np.array([4, 5]))
+    assert again["input_ids"][:, :5].tolist() == [[0, 1, 2, 4, 10], [0, 1, 2, 5, 10]]
+    assert again["response_mask"].sum(1).tolist() == [1, 1]
 
 
 def test_reset_with_a_seed_repeats_the_prompts():
@@ -253,6 +255,21 @@ def test_beta_is_fixed_at_reset_and_adapts_to_the_mean_of_many_episodes():
         assert last["beta"] == 0.1
     assert env.beta == pytest.approx(0.1 * (1 + 0.2 * 64 / 640))
     assert env.reset()[1]["beta"] == env.beta
+
+
+@pytest.mark.parametrize("placement", ["token", "terminal"])
+def test_an_episode_is_charged_the_beta_it_began_with(placement):
+    env = single(kl_placement=placement)
+    bind_policy(env, lambda obs, actions: np.zeros(1))
+    env.reset(seed=0)
+    rewards = 0.0
+    for token in (1, 2, EOS):
+        _, reward, _, _, info = env.step(token)
+        rewards += reward
+        env.beta = 7.0
+    assert info["beta"] == 0.3 and info["kl"] > 0
+    assert rewards == pytest.approx(info["score"] - 0.3 * info["kl"], abs=1e-9)
+    assert env.reset()[1]["beta"] == 7.0
 
 
 def test_top_level_push_goes_through_wrappers_and_takes_tensors():
