@@ -98,7 +98,7 @@ def test_with_learning_rate_zero_the_policy_stays_itself_for_a_whole_run():
     policy = random_model()
     before = [p.clone() for p in policy.parameters()]
     envs = make_envs(4, reference=random_model(), temperature=0.7, banned_tokens=(8, 10), min_new_tokens=2)
-    config = PPOConfig(learning_rate=0.0, value_learning_rate=0.0, batch_size=16, minibatches=3)
+    config = PPOConfig(learning_rate=0.0, batch_size=16, minibatches=3)
     for metrics in train(PPO(policy, config), envs, updates=3):
         assert metrics["max_ratio"] == pytest.approx(1, abs=1e-4)
         assert metrics["first_ratio_error"] < 1e-4
@@ -145,9 +145,6 @@ class Recorded:
     def parameters(self):
         return self.policy.parameters()
 
-    def value_parameters(self):
-        return self.policy.value_parameters()
-
 
 def written_out(policy: CausalLM, rollout: Rollout, c: PPOConfig, steps: list[list[int]], progress: float) -> None:
     """PPO's update with loops over tokens and unpadded rows, and no code of ours but the value head."""
@@ -160,9 +157,7 @@ def written_out(policy: CausalLM, rollout: Rollout, c: PPOConfig, steps: list[li
     every = [a for row in advantages for a in row]
     mean = sum(every) / len(every)
     deviation = (sum((a - mean) ** 2 for a in every) / len(every)) ** 0.5
-    body, head = ({"params": list(m.parameters())} for m in (policy.model, policy.value_head))
-    body["lr"], head["lr"] = ((1 - progress) * rate for rate in (c.learning_rate, c.value_learning_rate))
-    optimizer = torch.optim.Adam([body, head], eps=c.adam_eps)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=(1 - progress) * c.learning_rate, eps=c.adam_eps)
     for episodes in steps:
         surrogate, value_error, entropy = [], [], []
         for i in episodes:
@@ -191,7 +186,7 @@ def written_out(policy: CausalLM, rollout: Rollout, c: PPOConfig, steps: list[li
 def test_an_update_is_the_paper_written_out():
     """Every setting away from its default, minibatches of unequal episodes, ratios that are clipped."""
     config = PPOConfig(
-        learning_rate=0.02, value_learning_rate=0.05, batch_size=6, epochs=2, minibatches=2, clip=0.1,
+        learning_rate=0.02, batch_size=6, epochs=2, minibatches=2, clip=0.1,
         value_clip=0.05, value_coef=0.3, entropy_coef=0.2, gamma=0.9, lam=0.7, max_grad_norm=0.4, adam_eps=1e-4,
     )  # fmt: skip
 
