@@ -74,7 +74,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, NDArray[np.int64], NDArray[
         mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, dtype=np.bool_)))
         if mask.dtype != np.bool_ or mask.shape != (self.num_envs,) or not mask.any():
             raise ValueError(f"options['reset_mask'] must be bool [{self.num_envs}] with at least one True")
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, (int, np.integer)) else seed
         if seeds is not None and len(seeds) != self.num_envs:
             raise ValueError(f"got {len(seeds)} seeds for {self.num_envs} environments")
         rows = np.flatnonzero(mask).tolist()

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PretrainedC
 from rlhf_env.errors import ConfigError, TokenizerError
 from rlhf_env.functional import entropy, gather_logp
 from rlhf_env.models.decoding import CachedDecoder
+from rlhf_env.text.codec import Codec
 from rlhf_env.types import Rollout, SamplingLaw
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -35,9 +36,9 @@ class CausalLM(nn.Module):
         super().__init__()
         config: PretrainedConfig = model.config  # type: ignore[assignment]
         embedding = model.get_input_embeddings()  # type: ignore[operator]
-        if len(tokenizer) > embedding.weight.shape[0]:
+        if (size := Codec.of(tokenizer).vocab_size) > embedding.weight.shape[0]:
             raise TokenizerError(
-                f"the tokenizer has {len(tokenizer)} tokens but the model's embedding only {embedding.weight.shape[0]} "
+                f"the tokenizer has {size} tokens but the model's embedding only {embedding.weight.shape[0]} "
                 "rows: this is not the model's own tokenizer, or tokens were added without resize_token_embeddings"
             )
         self.model = model

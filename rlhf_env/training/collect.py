@@ -13,9 +13,10 @@ from torch import Tensor
 
 from rlhf_env.envs.binding import find_cores
 from rlhf_env.envs.task import TextTask
-from rlhf_env.errors import ConfigError, NegativeKLWarning, PromptTooLongError
+from rlhf_env.errors import ConfigError, NegativeKLWarning, PromptTooLongError, TokenizerError
 from rlhf_env.functional import token_rewards
 from rlhf_env.models.decoding import sample_responses
+from rlhf_env.text.codec import Codec
 from rlhf_env.text.prompts import prompt_indices
 from rlhf_env.types import Policy, Rollout
 
@@ -56,6 +57,7 @@ def collect(
         prompt_ids = [task.encode_prompt(prompt, where=f"prompt {row}") for row, prompt in enumerate(prompts)]
     if not prompt_ids:
         raise ConfigError("collect needs at least one prompt")
+    _require_same_vocabulary(policy, task.codec)
     context, longest = getattr(policy, "context_length", None), max(map(len, prompt_ids))
     if context is not None and longest + task.max_new_tokens > context:
         raise PromptTooLongError(
@@ -105,8 +107,9 @@ def collect(
 @torch.no_grad()
 def teacher_forced_logp(policy: Policy, rollout: Rollout, chunk: int = 64) -> Tensor:
     """Log-probabilities [B, T] of a rollout's tokens under any policy, `chunk` episodes at a time; 0 in the padding."""
-    parts = [policy.evaluate(rollout[i : i + chunk])[0] for i in range(0, len(rollout), chunk)]
-    return torch.where(rollout.response_mask, torch.cat(parts), 0.0)
+    there = rollout.to(getattr(policy, "device", rollout.logp.device))
+    parts = [policy.evaluate(there[i : i + chunk])[0] for i in range(0, len(rollout), chunk)]
+    return torch.where(rollout.response_mask, torch.cat(parts).to(rollout.logp.device), 0.0)
 
 
 def left_padded_prompts(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -116,6 +119,12 @@ def left_padded_prompts(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Ten
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, True
     return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def _require_same_vocabulary(policy: Policy, codec: Codec) -> None:
+    own = getattr(policy, "tokenizer", codec.tokenizer)
+    if own is not codec.tokenizer and Codec.of(own).fingerprint != codec.fingerprint:
+        raise TokenizerError("the policy has another vocabulary than the environment: its token ids mean other text")
 
 
 def _alarm_on_negative(kl: Tensor) -> None:

@@ -11,7 +11,17 @@ import torch
 
 from rlhf_env.envs.beta import AdaptiveBeta
 from rlhf_env.envs.binding import bind_policy
-from rlhf_env.errors import ConfigError, NegativeKLWarning, NonFiniteError, PromptTooLongError, RewardError
+from rlhf_env.errors import (
+    ConfigError,
+    NegativeKLWarning,
+    NonFiniteError,
+    PromptTooLongError,
+    RewardError,
+    TokenizerError,
+)
+from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.models.tiny import tiny_config
+from rlhf_env.text.tokenizers import char_tokenizer
 from rlhf_env.training.collect import collect
 from tests.builders import PROMPTS, make_envs, random_model
 
@@ -170,6 +180,12 @@ def test_a_few_episodes_are_no_ground_for_alarm():
 def test_truncation_cannot_be_collected():
     with pytest.raises(ConfigError, match="length_limit"):
         collect(random_model(), make_envs(2, length_limit="truncate"), episodes=2)
+
+
+def test_a_policy_of_another_vocabulary_is_refused():
+    other = CausalLM.from_config(tiny_config("gpt2", 12), char_tokenizer("abcdefghi"))
+    with pytest.raises(TokenizerError, match="another vocabulary"):
+        collect(other, make_envs(2), episodes=2)
 
 
 def test_collect_needs_to_know_how_much():
