@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rlhf_env.envs.single import TextGenerationEnv
 from rlhf_env.envs.vector import TextGenerationVectorEnv
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.tiny import tiny_config
@@ -15,6 +16,7 @@ from rlhf_env.text.tokenizers import char_tokenizer
 from rlhf_env.types import Rollout, SamplingLaw
 
 ALPHABET = "abcdefgh"
+EOS = 9  # a … h are 0 … 7, then <bos> <eos> <pad>
 PROMPTS = ("abc", "d", "efghab", "ca")
 
 
@@ -84,3 +86,17 @@ def make_envs(num_envs: int = 3, **kwargs: Any) -> TextGenerationVectorEnv:
         "max_new_tokens": 6,
     }
     return TextGenerationVectorEnv(num_envs, **(defaults | kwargs))
+
+
+def make_env(**kwargs: Any) -> TextGenerationEnv:
+    """One environment over the letters with a random reference."""
+    reference = kwargs.pop("reference", random_model())
+    defaults: dict[str, Any] = {
+        "prompts": PROMPTS,
+        "tokenizer": char_tokenizer(ALPHABET),
+        "reward_model": letter_score,
+        "reference": reference,
+        "beta": 0.3 if reference else 0.0,
+        "max_new_tokens": 6,
+    }
+    return TextGenerationEnv(**(defaults | kwargs))

@@ -24,6 +24,8 @@ TYPES = "tests/test_types.py"
 DECODING = "tests/models/test_decoding.py"
 CAUSAL_LM = "tests/models/test_causal_lm.py"
 MDP = "tests/envs/test_token_mdp.py"
+BINDING = "tests/envs/test_binding.py"
+VECTOR = "tests/envs/test_vector.py"
 COLLECT = "tests/training/test_collect.py"
 PPO = "tests/agents/test_ppo.py"
 SB3 = "tests/agents/test_sb3.py"
@@ -291,7 +293,7 @@ MUTATIONS = [
         "rlhf_env/envs/core.py",
         "s: (float(score[i]),",
         "s: (float(score[-1 - i]),",
-        f"{MDP}::test_the_batch_is_step_for_step_that_many_single_environments",
+        f"{VECTOR}::test_the_batch_is_step_for_step_that_many_single_environments",
     ),
     Mutation(
         "a truncated response is scored",
@@ -305,14 +307,14 @@ MUTATIONS = [
         "rlhf_env/envs/core.py",
         "pushed, self._pushed = self._pushed, None",
         "pushed = self._pushed",
-        f"{MDP}::test_a_push_is_consumed_once",
+        f"{BINDING}::test_a_push_is_consumed_once",
     ),
     Mutation(
         "log-probabilities of other actions are charged",
         "rlhf_env/envs/core.py",
         "stepping & (told != actions)",
         "stepping & (told > self.task.law.vocab_size)",
-        f"{MDP}::test_a_stale_push_names_the_environment",
+        f"{BINDING}::test_a_stale_push_names_the_environment",
     ),
     Mutation(
         "observations are the state itself",
@@ -326,14 +328,14 @@ MUTATIONS = [
         "rlhf_env/envs/core.py",
         "reward[going] -= (self.episode_beta * kl_token)[going]",
         "reward -= self.episode_beta * kl_token",
-        f"{MDP}::test_a_row_that_is_only_reset_ignores_its_push",
+        f"{BINDING}::test_a_row_that_is_only_reset_ignores_its_push",
     ),
     Mutation(
         "a reset by hand is followed by another",
         "rlhf_env/envs/vector.py",
         "        self._over[mask] = False\n",
         "",
-        f"{MDP}::test_a_reset_by_hand_leaves_no_reset_for_the_next_step",
+        f"{VECTOR}::test_a_reset_by_hand_leaves_no_reset_for_the_next_step",
     ),
     Mutation(
         "NaN of the reference is paid out",

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import rlhf_env
 from rlhf_env.envs.beta import AdaptiveBeta
-from rlhf_env.envs.binding import bind_policy, find_cores
+from rlhf_env.envs.binding import bind_policy
 from rlhf_env.envs.single import TextGenerationEnv
 from rlhf_env.errors import (
     ConfigError,
     EmptyPromptError,
-    MissingLogProbError,
     NonFiniteError,
     PromptTooLongError,
     RewardError,
@@ -26,22 +23,7 @@ from rlhf_env.errors import (
     UnboundPolicyWarning,
 )
 from rlhf_env.text.tokenizers import char_tokenizer
-from tests.builders import PROMPTS, letter_score, make_envs, random_model
-
-EOS = 9  # of char_tokenizer("abcdefgh"): a … h are 0 … 7, then <bos> <eos> <pad>
-
-
-def single(**kwargs) -> TextGenerationEnv:
-    reference = kwargs.pop("reference", random_model())
-    defaults = {
-        "prompts": PROMPTS,
-        "tokenizer": char_tokenizer("abcdefgh"),
-        "reward_model": letter_score,
-        "reference": reference,
-        "beta": 0.3 if reference else 0.0,
-        "max_new_tokens": 6,
-    }
-    return TextGenerationEnv(**(defaults | kwargs))
+from tests.builders import EOS, PROMPTS, letter_score, make_env, make_envs, random_model
 
 
 def play(env: TextGenerationEnv, actions: list[int], prompt: str = "ab", seed: int = 0):
@@ -60,7 +42,7 @@ def play(env: TextGenerationEnv, actions: list[int], prompt: str = "ab", seed: i
 
 
 def test_observation_by_hand():
-    env = single(kl_mode="off")
+    env = make_env(kl_mode="off")
     env.reset(seed=0, options={"prompt": "cab"})
     observation, *_ = env.step(4)
     # max_prompt_tokens is 6 (the longest prompt, "efghab"), so L = 12; <pad> is 10
@@ -81,7 +63,7 @@ def test_returned_arrays_are_the_callers():
 
 
 def test_reset_with_a_seed_repeats_the_prompts():
-    env = single(kl_mode="off")
+    env = make_env(kl_mode="off")
     first = [env.reset(seed=3)[0]["input_ids"].tolist()] + [env.reset()[0]["input_ids"].tolist() for _ in range(5)]
     second = [env.reset(seed=3)[0]["input_ids"].tolist()] + [env.reset()[0]["input_ids"].tolist() for _ in range(5)]
     assert first == second
@@ -102,7 +84,7 @@ def test_reset_with_a_seed_repeats_the_prompts():
 )
 @pytest.mark.parametrize("prompt", ["ab", "a"])
 def test_where_episodes_end_and_what_it_costs(actions, penalty, reason, prompt):
-    rewards, ends, info = play(single(beta=0.0, missing_eos_penalty=2.5), actions, prompt)
+    rewards, ends, info = play(make_env(beta=0.0, missing_eos_penalty=2.5), actions, prompt)
     assert ends == (True, False)
     assert info["stop_reason"] == reason
     assert info["penalty"] == penalty
@@ -114,32 +96,32 @@ def test_where_episodes_end_and_what_it_costs(actions, penalty, reason, prompt):
 
 
 def test_a_stop_string_ends_the_response_across_token_borders():
-    _, ends, info = play(single(beta=0.0, stop_strings=("cde",), missing_eos_penalty=9.0), [1, 2, 3, 4])
+    _, ends, info = play(make_env(beta=0.0, stop_strings=("cde",), missing_eos_penalty=9.0), [1, 2, 3, 4])
     assert ends == (True, False)
     assert (info["stop_reason"], info["penalty"]) == ("stop_string", 0.0)
 
 
 def test_eos_written_in_a_prompt_is_text_that_this_alphabet_lacks():
     with pytest.raises(TokenizerError):
-        single().reset(options={"prompt": "<eos>"})
+        make_env().reset(options={"prompt": "<eos>"})
 
 
 def test_truncation_is_neither_scored_nor_penalised():
-    env = single(beta=0.0, length_limit="truncate", missing_eos_penalty=1.0)
+    env = make_env(beta=0.0, length_limit="truncate", missing_eos_penalty=1.0)
     rewards, ends, info = play(env, [1, 2, 3, 4, 5, 6])
     assert ends == (False, True)
     assert "score" not in info and sum(rewards) == 0.0
 
 
 def test_without_eos_only_the_length_ends_it():
-    env = single(tokenizer=char_tokenizer("abcdefghijk", special=False), stop_at_eos=False, reference=None)
+    env = make_env(tokenizer=char_tokenizer("abcdefghijk", special=False), stop_at_eos=False, reference=None)
     bind_policy(env, lambda obs, actions: np.zeros(1))
     _, ends, info = play(env, [EOS] * 6)
     assert ends == (True, False) and info["stop_reason"] == "length"
 
 
 def test_stepping_a_finished_episode_says_reset():
-    env = single(kl_mode="off")
+    env = make_env(kl_mode="off")
     play(env, [EOS])
     with pytest.raises(RuntimeError, match="reset it first"):
         env.step(1)
@@ -147,21 +129,21 @@ def test_stepping_a_finished_episode_says_reset():
 
 @pytest.mark.parametrize("action", [-1, 11])
 def test_an_action_outside_the_vocabulary(action):
-    env = single(kl_mode="off")
+    env = make_env(kl_mode="off")
     env.reset(seed=0)
     with pytest.raises(ValueError, match="outside the vocabulary of 11"):
         env.step(action)
 
 
 def test_float_actions_are_refused():
-    env = single(kl_mode="off")
+    env = make_env(kl_mode="off")
     env.reset(seed=0)
     with pytest.raises(ValueError, match="integers"):
         env.step(1.0)
 
 
 def test_forbidden_actions_are_refused_and_masked():
-    env = single(kl_mode="off", banned_tokens=(8, 10), min_new_tokens=1)
+    env = make_env(kl_mode="off", banned_tokens=(8, 10), min_new_tokens=1)
     env.reset(seed=0)
     assert env.action_masks().tolist() == [True] * 8 + [False, False, False]
     with pytest.raises(ValueError, match="action_masks"):
@@ -176,7 +158,7 @@ def test_forbidden_actions_are_refused_and_masked():
 @pytest.mark.parametrize("placement", ["token", "terminal"])
 @pytest.mark.parametrize("actions", [[1, 2, 3, 4, 5, 6], [4, 4, EOS], [EOS]])
 def test_rewards_sum_to_score_minus_beta_kl_minus_penalty(placement, actions):
-    env = single(kl_placement=placement, missing_eos_penalty=0.7)
+    env = make_env(kl_placement=placement, missing_eos_penalty=0.7)
     policy = random_model(seed=1)
     bind_policy(env, policy)
     rewards, _, info = play(env, actions)
@@ -189,7 +171,7 @@ def test_rewards_sum_to_score_minus_beta_kl_minus_penalty(placement, actions):
 def test_the_kl_is_that_of_the_two_models():
     """Against the Hugging Face models themselves, one unpadded row."""
     reference, policy = random_model(seed=0), random_model(seed=1)
-    env = single(reference=reference)
+    env = make_env(reference=reference)
     bind_policy(env, policy)
     _, _, info = play(env, [4, 2, EOS], prompt="ab")
     ids = torch.tensor([[0, 1, 4, 2, EOS]])
@@ -201,9 +183,9 @@ def test_the_kl_is_that_of_the_two_models():
 
 
 def test_reference_mode_pays_beta_log_ref():
-    rewards, _, info = play(single(kl_mode="reference"), [4, 2, EOS])
+    rewards, _, info = play(make_env(kl_mode="reference"), [4, 2, EOS])
     ref = sum(rewards) - info["score"]
-    bound = single()
+    bound = make_env()
     bind_policy(bound, lambda obs, actions: np.zeros(1))  # a deterministic policy: log π = 0
     same, _, _ = play(bound, [4, 2, EOS])
     assert ref < 0
@@ -212,7 +194,7 @@ def test_reference_mode_pays_beta_log_ref():
 
 
 def test_observe_mode_reports_the_kl_and_charges_nothing():
-    env = single(kl_mode="observe")
+    env = make_env(kl_mode="observe")
     bind_policy(env, random_model(seed=1))
     rewards, _, info = play(env, [4, 2, EOS])
     assert info["kl"] != 0
@@ -221,14 +203,14 @@ def test_observe_mode_reports_the_kl_and_charges_nothing():
 
 def test_policy_equal_to_reference_has_no_kl_under_any_law():
     model = random_model()
-    env = single(reference=model, temperature=0.6, min_new_tokens=3, banned_tokens=(8, 10))
+    env = make_env(reference=model, temperature=0.6, min_new_tokens=3, banned_tokens=(8, 10))
     bind_policy(env, model)
     _, _, info = play(env, [1, 2, 3, EOS])
     assert info["kl"] == pytest.approx(0, abs=1e-5)
 
 
 def test_unbound_the_kl_is_that_of_a_uniform_policy_and_one_warning_says_so():
-    env = single(banned_tokens=(8, 10))
+    env = make_env(banned_tokens=(8, 10))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _, _, first = play(env, [4, 2, EOS])
@@ -239,14 +221,14 @@ def test_unbound_the_kl_is_that_of_a_uniform_policy_and_one_warning_says_so():
 
 
 def test_beta_zero_equals_no_reference():
-    with_reference, without = single(beta=0.0), single(reference=None)
+    with_reference, without = make_env(beta=0.0), make_env(reference=None)
     for env in (with_reference, without):
         bind_policy(env, lambda obs, actions: np.full(1, -1.0))
     assert play(with_reference, [4, 2, EOS])[0] == play(without, [4, 2, EOS])[0]
 
 
 def test_beta_is_fixed_at_reset_and_adapts_to_the_mean_of_many_episodes():
-    env = single(beta=AdaptiveBeta(initial=0.1, target=1.0, horizon=640))
+    env = make_env(beta=AdaptiveBeta(initial=0.1, target=1.0, horizon=640))
     bind_policy(env, lambda obs, actions: np.zeros(1))  # KL far above the target: the error is clipped to +20 %
     for _ in range(64):
         _, info = env.reset(seed=0)
@@ -259,7 +241,7 @@ def test_beta_is_fixed_at_reset_and_adapts_to_the_mean_of_many_episodes():
 
 @pytest.mark.parametrize("placement", ["token", "terminal"])
 def test_an_episode_is_charged_the_beta_it_began_with(placement):
-    env = single(kl_placement=placement)
+    env = make_env(kl_placement=placement)
     bind_policy(env, lambda obs, actions: np.zeros(1))
     env.reset(seed=0)
     rewards = 0.0
@@ -272,21 +254,9 @@ def test_an_episode_is_charged_the_beta_it_began_with(placement):
     assert env.reset()[1]["beta"] == 7.0
 
 
-def test_top_level_push_goes_through_wrappers_and_takes_tensors():
-    sync = SyncVectorEnv([lambda: gym.wrappers.RecordEpisodeStatistics(single())] * 2)
-    batch = gym.wrappers.vector.RecordEpisodeStatistics(make_envs(2))
-    logp, actions = torch.tensor([-1.5, -0.5], requires_grad=True), torch.tensor([4, 2])
-    rewards = []
-    for envs in (sync, batch):
-        envs.reset(seed=0)
-        rlhf_env.push_logprobs(envs, logp, actions)
-        rewards.append(envs.step(actions.numpy())[1])
-    np.testing.assert_allclose(rewards[0], rewards[1], atol=1e-5)
-
-
 @pytest.mark.parametrize("scores", [[float("nan")], [1.0, 2.0], "x", [None]])
 def test_a_broken_reward_model_stops_the_step(scores):
-    env = single(kl_mode="off", reward_model=lambda prompts, responses: scores)
+    env = make_env(kl_mode="off", reward_model=lambda prompts, responses: scores)
     with pytest.raises(RewardError):
         play(env, [EOS])
 
@@ -315,141 +285,6 @@ def test_a_broken_reference_stops_the_step():
     envs.reset(options={"prompt": ["d", "d"]})
     with pytest.raises(NonFiniteError, match="reference's log-probability of action 4 in environment 0 is nan"):
         envs.step(np.array([4, 5]))
-
-
-# --- where log π comes from ------------------------------------------------------------------------
-
-
-def test_push_and_bind_are_bitwise_equal():
-    policy = random_model(seed=1)
-    bound, pushed = make_envs(4), make_envs(4)
-    bind_policy(bound, policy)
-    obs, _ = bound.reset(seed=0)
-    other, _ = pushed.reset(seed=0)
-    rng = np.random.default_rng(0)
-    for _ in range(30):
-        actions = rng.integers(0, 11, 4)
-        pushed.push_logprobs(policy.action_log_probs(other, actions, pushed.task.law), actions)
-        obs, r1, *_ = bound.step(actions)
-        other, r2, *_ = pushed.step(actions)
-        assert (r1 == r2).all()
-
-
-def test_a_stale_push_names_the_environment():
-    envs = make_envs(2)
-    envs.reset(seed=0)
-    envs.push_logprobs([-1.0, -1.0], [3, 4])
-    with pytest.raises(MissingLogProbError, match="told action 4 for environment 1, but 5"):
-        envs.step(np.array([3, 5]))
-
-
-def test_a_push_is_consumed_once():
-    envs = make_envs(2)
-    envs.reset(seed=0)
-    envs.push_logprobs([-1.0, -1.0], [3, 4])
-    envs.step(np.array([3, 4]))
-    with pytest.raises(MissingLogProbError, match="before every step"):
-        envs.step(np.array([3, 4]))
-
-
-def test_a_row_that_is_only_reset_ignores_its_push():
-    envs = make_envs(2, autoreset_mode=AutoresetMode.NEXT_STEP)
-    envs.reset(seed=0)
-    envs.push_logprobs([-1.0, -1.0], [EOS, 4])
-    _, _, terminated, *_ = envs.step(np.array([EOS, 4]))
-    assert terminated.tolist() == [True, False]
-    envs.push_logprobs([np.nan, -1.0], [0, 4])
-    observation, reward, *_ = envs.step(np.array([7, 4]))  # 7 is ignored
-    assert reward[0] == 0.0
-    assert not observation["response_mask"][0].any()
-
-
-@pytest.mark.parametrize("ignored", [-1, 10**6])
-def test_a_bound_policy_is_never_asked_about_an_action_that_is_ignored(ignored):
-    envs = make_envs(2, autoreset_mode=AutoresetMode.NEXT_STEP)
-    bind_policy(envs, random_model(seed=1))
-    envs.reset(seed=0)
-    envs.step(np.array([EOS, 4]))
-    _, reward, *_ = envs.step(np.array([ignored, 4]))
-    assert reward[0] == 0.0 != reward[1]
-
-
-def test_a_reset_by_hand_leaves_no_reset_for_the_next_step():
-    envs = make_envs(2, kl_mode="off", autoreset_mode=AutoresetMode.NEXT_STEP)
-    envs.reset(seed=0)
-    assert envs.step(np.array([EOS, 4]))[2].tolist() == [True, False]
-    envs.reset(options={"reset_mask": np.array([True, False])})
-    observation, *_ = envs.step(np.array([3, 4]))
-    assert observation["response_mask"].sum(1).tolist() == [1, 2]
-
-
-def test_a_log_probability_that_is_not_finite():
-    envs = make_envs(2)
-    envs.reset(seed=0)
-    envs.push_logprobs([-1.0, -np.inf], [3, 4])
-    with pytest.raises(MissingLogProbError, match="environment 1 is -inf"):
-        envs.step(np.array([3, 4]))
-
-
-def test_bind_policy_goes_through_wrappers_and_refuses_other_processes():
-    env = gym.make("rlhf_env/TextGeneration-v0")
-    vector = gym.make_vec("rlhf_env/TextGeneration-v0", num_envs=2)
-    sync = gym.make_vec("rlhf_env/TextGeneration-v0", num_envs=2, vectorization_mode="sync")
-    assert [len(find_cores(e)) for e in (gym.wrappers.RecordEpisodeStatistics(env), vector, sync)] == [1, 1, 2]
-    with pytest.raises(ConfigError, match="no text-generation environment inside"):
-        find_cores(gym.make("CartPole-v1"))
-    bind_policy(gym.wrappers.vector.RecordEpisodeStatistics(vector), lambda obs, actions: np.zeros(2))
-    vector.reset(seed=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        vector.step(np.array([1, 2]))
-
-
-# --- many at once ----------------------------------------------------------------------------------
-
-
-def equal(a, b) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, np.ndarray) and a.dtype == object:
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, (np.ndarray, float, np.floating)) and np.asarray(a).dtype.kind == "f":
-        return np.allclose(a, b, atol=1e-5, rtol=0)
-    return type(a) is type(b) and bool(np.all(a == b)) and getattr(a, "dtype", None) == getattr(b, "dtype", None)
-
-
-@pytest.mark.parametrize(
-    ("mode", "limit"),
-    list(itertools.product(AutoresetMode, ["terminate", "truncate"])),
-    ids=lambda x: getattr(x, "name", x),
-)
-def test_the_batch_is_step_for_step_that_many_single_environments(mode, limit):
-    kwargs = {"length_limit": limit, "missing_eos_penalty": 0.4, "max_new_tokens": 4}
-    batch = make_envs(3, autoreset_mode=mode, **kwargs)
-    sync = SyncVectorEnv([lambda: single(**kwargs)] * 3, autoreset_mode=mode)
-    for envs in (batch, sync):
-        bind_policy(envs, random_model(seed=1))
-    assert batch.observation_space == sync.observation_space and batch.action_space == sync.action_space
-    ours, theirs = batch.reset(seed=5), sync.reset(seed=5)
-    rng = np.random.default_rng(0)
-    for _ in range(40):
-        assert all(equal(a, b) for a, b in zip(ours, theirs, strict=True))
-        if mode == AutoresetMode.DISABLED and len(ours) == 5 and (over := ours[2] | ours[3]).any():
-            ours, theirs = (e.reset(options={"reset_mask": over.copy()}) for e in (batch, sync))
-            continue
-        actions = rng.choice([1, 2, 3, EOS], 3)
-        ours, theirs = batch.step(actions), sync.step(actions)
-
-
-def test_vector_reset_takes_prompts_for_each_environment():
-    envs = make_envs(2, kl_mode="off")
-    observation, info = envs.reset(options={"prompt": ["abc", "d"]})
-    assert info["prompt_length"].tolist() == [3, 1]
-    assert observation["input_ids"][:, 0].tolist() == [0, 3]
-    observation, info = envs.reset(seed=3, options={"prompt": ["abcabc", None]})
-    assert info["prompt_length"].tolist() == [6, envs.reset(seed=3)[1]["prompt_length"][1]]
-    with pytest.raises(ValueError, match="1 texts for 2"):
-        envs.reset(options={"prompt": ["abc"]})
 
 
 # --- bad input, before the first step --------------------------------------------------------------
@@ -484,12 +319,12 @@ def test_vector_reset_takes_prompts_for_each_environment():
 )
 def test_what_cannot_work_is_refused_at_construction(kwargs, error, message):
     with pytest.raises(error, match=message):
-        single(**kwargs)
+        make_env(**kwargs)
 
 
 def test_a_prompt_longer_than_the_observation_is_refused_at_reset():
     with pytest.raises(PromptTooLongError, match="options\\['prompt'\\] has 9 tokens"):
-        single().reset(options={"prompt": "abcabcabc"})
+        make_env().reset(options={"prompt": "abcabcabc"})
 
 
 # --- registration ----------------------------------------------------------------------------------
