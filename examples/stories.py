@@ -14,9 +14,9 @@ import argparse
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from rlhf_env.functional import best_of_n
 from rlhf_env.records.jsonl import read_json, read_jsonl
 from rlhf_env.records.safe_text import safe_text
 from rlhf_env.training.assemble import assemble
@@ -48,17 +48,15 @@ def settings(model: str, agent: str, beta: float, rate: float, seed: int, tokens
     )
 
 
-def best_of(config: TrainConfig, draws: int) -> None:
-    """Best of n by the score, n of `draws` responses per prompt without replacement (unbiased), and its KL bound."""
+def print_best_of(config: TrainConfig, draws: int) -> None:
+    """Best of n by the score, estimated from `draws` responses per prompt, and the upper bound of its KL."""
     parts = assemble(config)
     prompts = parts.eval_envs.task.prompts
     rollout = collect(parts.policy, parts.eval_envs, [p for p in prompts for _ in range(draws)], seed=12345)
-    scores = np.sort(rollout.score.numpy().reshape(len(prompts), draws), axis=1)
     for n in (1, 4, 16, 64):
-        weights = np.array([math.comb(i, n - 1) / math.comb(draws, n) for i in range(draws)])
-        mean = (scores * weights).sum(1)
-        error = mean.std(ddof=1) / math.sqrt(len(prompts))
-        print(f"best of {n:<3}          {mean.mean():6.3f} ± {1.96 * error:.3f}   KL ≤ {math.log(n) - (n - 1) / n:.2f}")
+        mean = best_of_n(rollout.score.reshape(len(prompts), draws), n)
+        half = 1.96 * float(mean.std()) / math.sqrt(len(prompts))
+        print(f"best of {n:<3}          {mean.mean():6.3f} ± {half:.3f}   KL ≤ {math.log(n) - (n - 1) / n:.2f}")
 
 
 def main() -> None:
@@ -68,15 +66,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--beta", type=float, default=0.03)
     parser.add_argument("--tokens", type=int, default=400_000)
-    parser.add_argument("--only", type=int, nargs="+", help="rows of the table, from 0, e.g. to share them out")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    best_of(settings(args.model, "ppo", args.beta, 1e-4, 0, args.tokens), draws=128)
+    print_best_of(settings(args.model, "ppo", args.beta, 1e-4, 0, args.tokens), draws=128)
     print(
         f"{'agent':<8}{'β':>5}{'rate':>8}{'seed':>5}   {'score [95 %]':<22}{'KL':>7}  distinct-2  path: (KL, score) …"
     )
     rows = [("ppo", args.beta, 1e-4), ("sb3:PPO", args.beta, 1e-4), ("ppo", 0.0, 1e-4), ("ppo", 0.0, 1e-3)]
-    for agent, beta, rate in rows if args.only is None else [rows[i] for i in args.only]:
+    for agent, beta, rate in rows:
         for seed in args.seeds:
             out = args.out / f"{agent.replace(':', '-')}-beta{beta}-rate{rate}-seed{seed}"
             if not (out / "summary.json").exists():

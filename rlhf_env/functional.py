@@ -180,3 +180,22 @@ def inverse_cdf_sample(log_probs: Tensor, uniform: Tensor) -> Tensor:
     # Rounding may carry the largest uniforms past the end: then the last token that has any probability is meant.
     last = log_probs.shape[-1] - 1 - (log_probs > -torch.inf).flip(-1).to(torch.uint8).argmax(-1)
     return torch.minimum(drawn, last)
+
+
+def best_of_n(scores: Tensor, n: int) -> Tensor:
+    """Unbiased estimate of the expected best of `n` draws, from N ≥ n draws: [..., N] → [...].
+
+    Σ_i s_(i) C(i − 1, n − 1) / C(N, n) over the sorted scores: the mean of the best over all subsets of size n
+    (Nakano et al. 2021, arXiv 2112.09332, appendix I).
+    """
+    total = scores.shape[-1]
+    if not 1 <= n <= total:
+        raise ValueError(f"the best of {n} cannot be estimated from {total} draws")
+    rank = torch.arange(n, total + 1, dtype=torch.float64)  # the n − 1 lowest are never the best
+    log_weight = log_choose(rank - 1, n - 1) - log_choose(torch.tensor(float(total), dtype=torch.float64), n)
+    return (scores.sort(-1).values[..., n - 1 :].double() * log_weight.exp().to(scores.device)).sum(-1)
+
+
+def log_choose(n: Tensor, k: int) -> Tensor:
+    """log C(n, k), elementwise in float64."""
+    return torch.lgamma(n + 1) - torch.lgamma(torch.tensor(k + 1.0, dtype=torch.float64)) - torch.lgamma(n - k + 1)

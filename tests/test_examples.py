@@ -73,5 +73,10 @@ def test_stories_leaves_a_run_for_each_agent(example, shared_data, tmp_path):
     lines = example("stories.py", "--model", model, "--out", tmp_path, "--beta", 0.1, "--seeds", 0, "--tokens", 1000)
     best = [float(row[3]) for row in lines[:4]]
     assert best == sorted(best)  # the more draws, the better the best
-    assert [row[:3] for row in lines[5::2]] == [["ppo", "0.1", "0"], ["sb3:PPO", "0.1", "0"], ["ppo", "0.0", "0"]]
-    assert len(list(tmp_path.glob("*/summary.json"))) == 3
+    assert [" ".join(row[:4]) for row in lines[5::2]] == [
+        "ppo 0.1 0.0001 0",
+        "sb3:PPO 0.1 0.0001 0",
+        "ppo 0.0 0.0001 0",
+        "ppo 0.0 0.001 0",
+    ]
+    assert len(list(tmp_path.glob("*/summary.json"))) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from rlhf_env.functional import (
     adaptive_beta_factor,
+    best_of_n,
     clipped_value_loss,
     entropy,
     explained_variance,
@@ -394,3 +396,21 @@ def test_padding_reaches_neither_results_nor_gradients(name: str, poison: float)
         else:
             assert grad is not None and torch.equal(expected, grad)
             assert grad[~mask].eq(0).all()
+
+
+# --- best of n -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_best_of_n_is_the_mean_of_the_best_over_all_subsets(n):
+    scores = torch.tensor([[0.3, -1.0, 2.0, 0.5, 0.3], [5.0, 4.0, 3.0, 2.0, 1.0]])
+    expected = [sum(max(c) for c in combinations(row, n)) / math.comb(5, n) for row in scores.tolist()]
+    torch.testing.assert_close(best_of_n(scores, n), torch.tensor(expected, dtype=torch.float64), atol=1e-7, rtol=0)
+
+
+def test_best_of_n_of_thousands_does_not_overflow():
+    """E[max of n uniform draws] = n / (n + 1); from the exact quantiles of a uniform distribution."""
+    scores = (torch.arange(4096, dtype=torch.float64) + 1) / 4097
+    assert float(best_of_n(scores, 1000)) == pytest.approx(1000 / 1001, abs=1e-6)
+    with pytest.raises(ValueError, match="best of 5 cannot be estimated from 4"):
+        best_of_n(scores[:4], 5)
