@@ -186,7 +186,7 @@ def best_of_n(scores: Tensor, n: int) -> Tensor:
     """Unbiased estimate of the expected best of `n` draws, from N ≥ n draws: [..., N] → [...].
 
     Σ_i s_(i) C(i − 1, n − 1) / C(N, n) over the sorted scores: the mean of the best over all subsets of size n
-    (Nakano et al. 2021, arXiv 2112.09332, appendix I).
+    (Nakano et al. 2021, arXiv 2112.09332).
     """
     total = scores.shape[-1]
     if not 1 <= n <= total:

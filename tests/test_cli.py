@@ -203,3 +203,18 @@ def test_progress_in_lines_tells_rate_and_time_left(capsys):
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (65, "1:05"), (3600, "1:00:00"), (7325, "2:02:05")])
 def test_a_clock_reads_as_clocks_do(seconds, text):
     assert clock(seconds) == text
+
+
+@pytest.mark.slow
+def test_demo_ends_near_the_exact_optimum_and_likes_the_films(tmp_path):
+    """The front door: what `make demo` runs, its numbers and what it leaves."""
+    subprocess.run([sys.executable, "-m", "rlhf_env", "demo", "--out", str(tmp_path / "demo")], check=True)
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    ppo, optimum = summary["known_optimum"]["PPO"], summary["known_optimum"]["exact optimum"]
+    assert 0.95 < ppo["gain"] < 1
+    assert optimum["gain"] == pytest.approx(1)
+    reviews = summary["reviews"]
+    assert reviews["score_low_after"] > reviews["score_high_before"] + 0.4
+    assert 0 < reviews["kl"] < 10
+    assert (tmp_path / "demo" / "plots" / "known_optimum.png").stat().st_size > 10_000
+    assert (tmp_path / "demo" / "reviews" / "README.md").is_file()
