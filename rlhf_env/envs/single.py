@@ -6,15 +6,15 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from rlhf_env.envs.core import Observation, TokenMDP
-from rlhf_env.envs.spaces import action_space, observation_space, share_models, unshared
+from rlhf_env.envs.spaces import action_space, observation_space, unshared
 from rlhf_env.envs.task import make_task
+from rlhf_env.envs.view import CoreView
 
 
-class TextGenerationEnv(gym.Env[Observation, np.int64]):
+class TextGenerationEnv(CoreView, gym.Env[Observation, np.int64]):
     """One response at a time: the n = 1 view of the token MDP.
 
     Keywords are those of `rlhf_env.envs.task.make_task`. The sum of an episode's rewards is
@@ -27,21 +27,11 @@ class TextGenerationEnv(gym.Env[Observation, np.int64]):
         if render_mode not in (None, *self.metadata["render_modes"]):
             # A TypeError is what SB3's make_vec_env, which asks for "rgb_array" unasked, takes as "then without".
             raise TypeError(f"render_mode must be one of {self.metadata['render_modes']}, got {render_mode!r}")
-        self._spec: EnvSpec | None = None
         self.render_mode = render_mode
         self.task, beta = make_task(**unshared(task))
         self.core = TokenMDP(self.task, 1, beta)
         self.observation_space = observation_space(self.task)  # type: ignore[assignment]
         self.action_space = action_space(self.task)
-
-    @property
-    def spec(self) -> EnvSpec | None:  # type: ignore[override]
-        """How `gym.make` made this environment; models among its keywords survive copies of it."""
-        return self._spec
-
-    @spec.setter
-    def spec(self, spec: EnvSpec | None) -> None:
-        self._spec = share_models(spec)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -92,15 +82,6 @@ class TextGenerationEnv(gym.Env[Observation, np.int64]):
     def action_masks(self) -> NDArray[np.bool_]:
         """Which next tokens the sampling law allows, bool [V]."""
         return self.core.action_masks()[0]
-
-    @property
-    def beta(self) -> float:
-        """The KL coefficient of episodes that begin now, in reward per nat."""
-        return self.core.beta
-
-    @beta.setter
-    def beta(self, value: float) -> None:
-        self.core.beta = value
 
     def _observation(self) -> Observation:
         return {name: values[0] for name, values in self.core.observation().items()}

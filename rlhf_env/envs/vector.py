@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from rlhf_env.envs.core import Observation, TokenMDP
-from rlhf_env.envs.spaces import action_space, observation_space, share_models, unshared
+from rlhf_env.envs.spaces import action_space, observation_space, unshared
 from rlhf_env.envs.task import make_task
+from rlhf_env.envs.view import CoreView
 from rlhf_env.errors import ConfigError
 
 
-class TextGenerationVectorEnv(VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
+class TextGenerationVectorEnv(CoreView, VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
     """`num_envs` responses side by side, step for step equal to as many `TextGenerationEnv`.
 
     The reference model and the reward model each run once per step for all environments. Keywords beside `num_envs`
@@ -42,7 +42,6 @@ class TextGenerationVectorEnv(VectorEnv[Observation, NDArray[np.int64], NDArray[
             "render_fps": 4,
             "autoreset_mode": self.autoreset_mode,
         }
-        self._spec: EnvSpec | None = None
         self.render_mode = render_mode
         self.task, beta = make_task(**unshared(task))
         self.core = TokenMDP(self.task, num_envs, beta)
@@ -52,15 +51,6 @@ class TextGenerationVectorEnv(VectorEnv[Observation, NDArray[np.int64], NDArray[
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._generators: list[np.random.Generator | None] = [None] * num_envs
         self._over = np.zeros(num_envs, dtype=np.bool_)  # NEXT_STEP: environments whose next step is a reset
-
-    @property
-    def spec(self) -> EnvSpec | None:  # type: ignore[override]
-        """How `gym.make` made this environment; models among its keywords survive copies of it."""
-        return self._spec
-
-    @spec.setter
-    def spec(self, spec: EnvSpec | None) -> None:
-        self._spec = share_models(spec)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -122,15 +112,6 @@ class TextGenerationVectorEnv(VectorEnv[Observation, NDArray[np.int64], NDArray[
     def action_masks(self) -> NDArray[np.bool_]:
         """Which next tokens the sampling law allows, bool [N, V]."""
         return self.core.action_masks()
-
-    @property
-    def beta(self) -> float:
-        """The KL coefficient of episodes that begin now, in reward per nat."""
-        return self.core.beta
-
-    @beta.setter
-    def beta(self, value: float) -> None:
-        self.core.beta = value
 
     @property
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
