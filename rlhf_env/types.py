@@ -1,8 +1,9 @@
-"""The nouns: what flows through the package (`Rollout`) and what can be plugged in (the Protocols)."""
+"""The nouns: what flows through the package (`Rollout`, `Comparison`) and what can be plugged in (the Protocols)."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlhf_env.errors import ConfigError, NonFiniteError
+from rlhf_env.errors import ConfigError, DataError, NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,60 @@ class Rollout:
 _BY_TOKEN = {"response_ids", "response_mask", "logp", "ref_logp", "values", "reward"}
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """One judgement: K responses to a prompt, ranked by a labeler, ties allowed."""
+
+    prompt: str
+    responses: tuple[str, ...]  #: K ≥ 2, in the order in which they were sampled
+    ranks: tuple[int, ...]  #: of each response: 0 = best; equal ranks are a tie; no rank is left out, so (0, 2) is none
+    labeler: str = ""  #: who judged
+    policy: str = ""  #: what wrote the responses
+    order: tuple[int, ...] | None = None  #: responses[order[0]] was shown first; none: not known
+    time: str | None = None  #: when, ISO 8601 in UTC; simulated labelers answer outside of time
+
+    def __post_init__(self) -> None:
+        k = len(self.responses)
+        if k < 2:
+            raise DataError(f"a comparison needs at least 2 responses, it has {k}")
+        if len(self.ranks) != k or sorted(set(self.ranks)) != list(range(len(set(self.ranks)))):
+            raise DataError(
+                f"the ranks of {k} responses are {k} integers from 0 (best) upwards without a gap, equal ones for a "
+                f"tie; got {list(self.ranks)}"
+            )
+        if self.order is not None and sorted(self.order) != list(range(k)):
+            raise DataError(f"order must name each of the {k} responses once, got {list(self.order)}")
+
+    @property
+    def pairs(self) -> list[tuple[int, int, float]]:
+        """Every pair (i, j), i < j, of different responses, with the preference for i: 1, 0, or 0.5 for a tie."""
+        both = itertools.combinations(range(len(self.ranks)), 2)
+        ranked = [(i, j, self.ranks[j] - self.ranks[i]) for i, j in both if self.responses[i] != self.responses[j]]
+        return [(i, j, 0.5 + 0.5 * ((lead > 0) - (lead < 0))) for i, j, lead in ranked]
+
+
 @runtime_checkable
 class RewardModel(Protocol):
     """Says how good whole responses are. Any callable of the same signature does too."""
 
     def score(self, prompts: list[str], responses: list[str]) -> NDArray[np.floating]:
         """One finite number per response, [B]; it never depends on batch mates."""
+        ...
+
+
+class Labeler(Protocol):
+    """Ranks responses: a person, or a simulated one."""
+
+    name: str
+
+    def rank(
+        self, prompts: Sequence[str], responses: Sequence[Sequence[str]], queries: Sequence[int]
+    ) -> list[tuple[int, ...]]:
+        """The `Comparison.ranks` of each query, which is a prompt with its K responses in the order they are shown.
+
+        The answer to a query depends on the labeler, the texts and the query's number in `queries` alone, never on
+        what else is asked in the same call.
+        """
         ...
 
 

@@ -1,4 +1,4 @@
-"""The sampling law and the rollout: what they compute, what they slice, what they refuse."""
+"""The sampling law, the rollout and the comparison: what they compute, what they slice, what they refuse."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_env.errors import ConfigError
-from rlhf_env.types import RewardModel, Rollout, SamplingLaw
+from rlhf_env.errors import ConfigError, DataError
+from rlhf_env.types import Comparison, RewardModel, Rollout, SamplingLaw
 
 # --- the sampling law ------------------------------------------------------------------------------
 
@@ -244,3 +244,54 @@ def test_anything_with_a_score_method_is_a_reward_model() -> None:
 
     assert isinstance(Length(), RewardModel)
     assert not isinstance(len, RewardModel)
+
+
+# --- the comparison --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "pairs"),
+    [
+        ((0, 1), [(0, 1, 1.0)]),
+        ((1, 0), [(0, 1, 0.0)]),
+        ((0, 0), [(0, 1, 0.5)]),
+        ((2, 0, 1), [(0, 1, 0.0), (0, 2, 0.0), (1, 2, 1.0)]),
+        ((1, 0, 1), [(0, 1, 0.0), (0, 2, 0.5), (1, 2, 1.0)]),
+        ((0, 2, 1, 2), [(0, 1, 1.0), (0, 2, 1.0), (0, 3, 1.0), (1, 2, 0.0), (1, 3, 0.5), (2, 3, 1.0)]),
+    ],
+)
+def test_a_ranking_is_its_pairs_in_order(ranks: tuple[int, ...], pairs: list[tuple[int, int, float]]) -> None:
+    assert Comparison("p", tuple("abcd"[: len(ranks)]), ranks).pairs == pairs
+
+
+def test_what_a_comparison_need_not_know() -> None:
+    comparison = Comparison("", ("", ""), (0, 0))  # a policy can answer nothing
+    assert (comparison.labeler, comparison.policy, comparison.order, comparison.time) == ("", "", None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"responses": ("a",), "ranks": (0,)}, "a comparison needs at least 2 responses, it has 1"),
+        ({"responses": (), "ranks": ()}, "a comparison needs at least 2 responses, it has 0"),
+        ({"ranks": (0, 1)}, r"the ranks of 3 responses are 3 integers .* got \[0, 1\]"),
+        ({"ranks": (0, 1, 3)}, r"without a gap.* got \[0, 1, 3\]"),
+        ({"ranks": (1, 2, 3)}, r"from 0 \(best\) upwards .* got \[1, 2, 3\]"),
+        ({"ranks": (-1, 0, 1)}, r"from 0 \(best\) upwards .* got \[-1, 0, 1\]"),
+        ({"ranks": (0, 0, 2)}, r"without a gap, equal ones for a tie; got \[0, 0, 2\]"),
+        ({"order": (0, 1)}, r"order must name each of the 3 responses once, got \[0, 1\]"),
+        ({"order": (0, 1, 1)}, r"order must name each of the 3 responses once, got \[0, 1, 1\]"),
+        ({"order": (1, 2, 3)}, r"order must name each of the 3 responses once, got \[1, 2, 3\]"),
+    ],
+)
+def test_a_judgement_that_is_none_is_refused(changes: dict[str, Any], message: str) -> None:
+    fields: dict[str, Any] = {"prompt": "p", "responses": ("a", "b", "c"), "ranks": (0, 1, 2)}
+    with pytest.raises(DataError, match=message):
+        Comparison(**(fields | changes))
+
+
+def test_a_comparison_is_never_changed_and_equals_its_like() -> None:
+    comparison = Comparison("p", ("a", "b"), (0, 1))
+    assert comparison == Comparison("p", ("a", "b"), (0, 1)) != Comparison("p", ("a", "b"), (1, 0))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(comparison, "ranks", (1, 0))  # noqa: B010

@@ -1,0 +1,58 @@
+"""Settings of the learning stages, apart from the code that uses them, so that `--help` need not import torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rlhf_env.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Settings of supervised fine-tuning."""
+
+    learning_rate: float = 1e-3  #: of AdamW, falling linearly to 0; large pretrained models want some 1e-5
+    epochs: int = 3  #: passes over the demonstrations
+    batch_size: int = 64  #: demonstrations per gradient step
+    weight_decay: float = 0.01  #: of AdamW
+
+    def __post_init__(self) -> None:
+        _require_step_sizes(self)
+
+
+@dataclass(frozen=True)
+class LabelerConfig:
+    """How a simulated labeler errs."""
+
+    temperature: float = 0.25  #: in units of gold: a difference of one temperature is seen 73 % of the time; 0: always
+    flip_rate: float = 0.0  #: share of rankings that come out upside down, whatever the difference
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"the labeler's temperature must be at least 0 and finite, it is {self.temperature}")
+        if not 0 <= self.flip_rate <= 1:
+            raise ConfigError(f"the labeler's flip_rate must be between 0 and 1, it is {self.flip_rate}")
+
+
+@dataclass(frozen=True)
+class BradleyTerryConfig:
+    """Settings of learning a reward model from comparisons."""
+
+    learning_rate: float = 1e-3  #: of AdamW, falling linearly to 0; large pretrained models want some 1e-5
+    epochs: int = 2  #: passes over the comparisons
+    batch_size: int = 32  #: comparisons per gradient step
+    weight_decay: float = 0.01  #: of AdamW
+
+    def __post_init__(self) -> None:
+        _require_step_sizes(self)
+
+
+def _require_step_sizes(config: SFTConfig | BradleyTerryConfig) -> None:
+    for name, least in (("epochs", 1), ("batch_size", 1)):
+        if (value := getattr(config, name)) < least:
+            raise ConfigError(f"{name} must be at least {least}, it is {value}")
+    if not 0 < config.learning_rate < math.inf:
+        raise ConfigError(f"learning_rate must be positive and finite, it is {config.learning_rate}")
+    if not 0 <= config.weight_decay < math.inf:
+        raise ConfigError(f"weight_decay must be at least 0 and finite, it is {config.weight_decay}")
