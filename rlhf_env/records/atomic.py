@@ -18,6 +18,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+def is_partial(path: Path) -> bool:
+    """Whether a file is what `write_atomic` was writing when its process was killed."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk (Windows cannot do this to a folder)."""
     if os.name == "nt" and path.is_dir():

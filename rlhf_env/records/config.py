@@ -92,6 +92,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(config)
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one mapping by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
 def documented(cls: Any, prefix: str = "") -> dict[str, str]:
     """The `#:` sentence of every setting of a dataclass by its dotted key, those of nested ones in their place."""
     sentences = dict(re.findall(r"^    (\w+): .*?  #: (.+)$", inspect.getsource(cls), re.MULTILINE))
@@ -106,6 +114,8 @@ def _checked(cls: Any, values: Any, prefix: str, source: str, known: list[str]) 
     """The settings of one layer, which need not be complete, each of its own type."""
     if isinstance(values, Typed):
         values = _parse(values, source)
+    if values is None:  # a section of which everything is commented out
+        values = {}
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source}: {prefix.removesuffix('.')} must be a mapping of settings, it is {_kind(values)}")
     hints, checked = get_type_hints(cls), {}
@@ -167,6 +177,7 @@ def _coerce(value: Any, kind: Any, key: str, source: str) -> Any:
 
 def _collection(value: Any, kind: type, args: tuple[Any, ...], key: str, source: str, wrong: str) -> Any:
     if kind is dict:
+        value = {} if value is None else value  # a section of which everything is commented out
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
             raise ConfigError(wrong)
         item = args[1] if args else Any
@@ -221,13 +232,14 @@ def _keys(cls: Any, prefix: str) -> list[str]:
 def _suggestion(key: str, known: list[str]) -> str:
     """What was probably meant: the same name in another section, or a similar one, this section's first."""
     section, _, name = key.rpartition(".")
-    same_name = [k for k in known if k.rpartition(".")[2] == name]
-    same_section = [k for k in known if k.rpartition(".")[0] == section]
-    last = {k.rpartition(".")[2]: k for k in reversed(known)}
-    close = get_close_matches(key, same_section, n=1) or [last[k] for k in get_close_matches(name, last, n=1)]
+    known = list(dict.fromkeys([*known, *(parent for k in known if (parent := k.rpartition(".")[0]))]))
+    here = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    anywhere = {k.rpartition(".")[2]: k for k in reversed(known)}
+    same_name = [anywhere[name]] if name in anywhere else []
+    close = [names[k] for names in (here, anywhere) for k in get_close_matches(name, names, n=1)]
     if best := [*same_name, *close]:
         return f"; did you mean {best[0]}?"
-    return f"; there are {', '.join(same_section or known)}"
+    return f"; there are {', '.join(here.values() or known)}"
 
 
 _KINDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a finite number", NoneType: "none"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ def read_jsonl(path: str | Path, *, required: Mapping[str, type] | None = None) 
     are accepted. An empty file, malformed JSON, duplicate keys, numbers that are not finite, lone surrogates and rows
     that are no object raise `DataError` with file, line and reason.
     """
-    rows = parse_jsonl(_read(path), str(path), required or {})
+    return [row for _, row in read_numbered_jsonl(path, required=required)]
+
+
+def read_numbered_jsonl(
+    path: str | Path, *, required: Mapping[str, type] | None = None
+) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of `read_jsonl`, each with the number of its line, from 1 and blank lines counted."""
+    rows = list(_numbered_rows(_read(path), str(path), required or {}))
     if not rows:
         raise DataError(f"{path}: the file is empty; one JSON object per line was expected")
     return rows
@@ -27,12 +34,27 @@ def read_jsonl(path: str | Path, *, required: Mapping[str, type] | None = None) 
 
 def parse_jsonl(data: bytes, name: str, required: Mapping[str, type]) -> list[dict[str, Any]]:
     """The rows in `data`, which may be none; errors call the file `name`."""
-    rows = []
-    for number, line in enumerate(data.removeprefix(_BYTE_ORDER_MARK).split(b"\n"), start=1):
-        if line.strip():
-            rows.append(_parse_object(line, name, number))
-            _check_keys(rows[-1], required, f"{name}:{number}")
-    return rows
+    return [row for _, row in _numbered_rows(data, name, required)]
+
+
+def require_keys(row: Mapping[str, Any], required: Mapping[str, type], where: str) -> None:
+    """Refuse a row without the `required` keys, or with values of other types, as `read_jsonl` does."""
+    for key, kind in required.items():
+        if key not in row:
+            raise DataError(f"{where}: the key {key!r} is missing; the row has {', '.join(map(repr, row)) or 'none'}")
+        if not _is_a(row[key], kind):
+            raise DataError(f"{where}: {key!r} must be {_NAMES[kind]}, it is {_kind(row[key])}")
+
+
+def require_valid(row: Mapping[str, Any], where: str) -> None:
+    """Refuse a row that did not come from JSON for the values that JSON cannot hold: NaN, infinity, lone surrogates."""
+    for key, value in row.items():
+        try:
+            json.dumps({key: value}, ensure_ascii=False, allow_nan=False, default=repr).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: {key!r} holds half of a surrogate pair, which is no character") from error
+        except ValueError as error:
+            raise DataError(f"{where}: {key!r} holds a number that is not finite: NaN or infinity") from error
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -99,12 +121,12 @@ def _parse_object(data: bytes, name: str, line: int | None = None) -> dict[str, 
     return row
 
 
-def _check_keys(row: dict[str, Any], required: Mapping[str, type], where: str) -> None:
-    for key, kind in required.items():
-        if key not in row:
-            raise DataError(f"{where}: the key {key!r} is missing; the row has {', '.join(map(repr, row)) or 'none'}")
-        if not _is_a(row[key], kind):
-            raise DataError(f"{where}: {key!r} must be {_NAMES[kind]}, it is {_kind(row[key])}")
+def _numbered_rows(data: bytes, name: str, required: Mapping[str, type]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(data.removeprefix(_BYTE_ORDER_MARK).split(b"\n"), start=1):
+        if line.strip():
+            row = _parse_object(line, name, number)
+            require_keys(row, required, f"{name}:{number}")
+            yield number, row
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -141,7 +163,7 @@ def _is_a(value: Any, kind: type) -> bool:
 
 
 def _kind(value: Any) -> str:
-    return "null" if value is None else _NAMES[type(value)]
+    return "null" if value is None else _NAMES.get(type(value), f"a {type(value).__name__}")
 
 
 def _encode(row: Mapping[str, Any], where: str, indent: int | None = None) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from rlhf_env.errors import ConfigError, DataError
-from rlhf_env.records.atomic import write_atomic
+from rlhf_env.records.atomic import is_partial, write_atomic
 from rlhf_env.records.jsonl import append_jsonl, parse_jsonl, read_json, read_jsonl, write_json, write_jsonl
 
 
@@ -23,10 +23,11 @@ class Run:
     path: Path
 
     @classmethod
-    def create(cls, path: str | Path, config: Mapping[str, Any]) -> Run:
-        """Begin a run in a new or empty folder, and write the `config` that replays it."""
+    def create(cls, path: str | Path, config: Mapping[str, Any], *, again: bool = False) -> Run:
+        """Begin a run in a new or empty folder, or `again` in any, and write the `config` that replays it."""
         path = Path(path)
-        require_free(path)
+        if not again:
+            require_free(path)
         try:
             text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
         except yaml.YAMLError as error:
@@ -69,6 +70,16 @@ class Run:
         return read_jsonl(self.path / "samples.jsonl")
 
     @property
+    def tokens(self) -> list[dict[str, Any]]:
+        """What tokens.jsonl holds."""
+        return read_jsonl(self.path / "tokens.jsonl")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end: summary.json is written last."""
+        return (self.path / "summary.json").is_file()
+
+    @property
     def checkpoints(self) -> Path:
         """Where checkpoints go."""
         return self.path / "checkpoints"
@@ -98,15 +109,19 @@ class Run:
         """Write samples.jsonl: prompts, responses and scores, as plain text for whoever shows them to make safe."""
         write_jsonl(self.path / "samples.jsonl", rows)
 
+    def write_tokens(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write tokens.jsonl: of some responses every token's text and numbers, which the report colours."""
+        write_jsonl(self.path / "tokens.jsonl", rows)
+
     def write_card(self, markdown: str) -> None:
         """Write README.md: what was trained, on what, and how it did."""
         write_atomic(self.path / "README.md", markdown.encode("utf-8"))
 
 
 def require_free(path: str | Path) -> None:
-    """Refuse a folder for a new run that holds anything already."""
+    """Refuse a folder for a new run that holds anything already, but for what a killed `write_atomic` left."""
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(not is_partial(file) for file in path.iterdir())):
         raise ConfigError(f"{path} exists and is not an empty folder: choose another one, or resume the run in it")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -81,6 +81,37 @@ class Codec:
             names = ", ".join(repr(self._special[token]) for token in sorted(forged))
             raise TokenizerError(f"the tokenizer turns plain text into the special token {names}: {_excerpt(text)}")
         return ids
+
+    def encode_response(self, prompt_ids: Sequence[int], prompt: str, response: str) -> list[int]:
+        """Ids of a response text (without EOS) such that they follow the ids that `encode_prompt` gave its prompt.
+
+        `decode_response(prompt_ids, ids) == response` wherever the tokenizer has such ids. Nothing in the text becomes
+        a special token. The ids of a sampled response are kept, never made again from its text: they may be others.
+        """
+        candidates = self._candidates(prompt_ids, prompt, response)
+        first = ids = next(candidates)
+        while ids is not None and self.decode_response(prompt_ids, ids) != response:
+            ids = next(candidates, None)
+        return first if ids is None else ids
+
+    def _candidates(self, prompt_ids: Sequence[int], prompt: str, response: str) -> Iterator[list[int]]:
+        """Ids that may write `response` after the prompt, the most natural first."""
+        if self._chat is None:
+            whole = self._prefix + self.encode(prompt + response)
+            if whole[: len(prompt_ids)] == list(prompt_ids):
+                yield whole[len(prompt_ids) :]
+        yield self._plain(response)
+        # Llama and others begin every text with a space, which the middle of a text does not have.
+        for anchor in ("\n", ".", "a"):
+            try:
+                before, whole = self._plain(anchor), self._plain(anchor + response)
+            except TokenizerError:  # an alphabet without the anchor
+                continue
+            if whole[: len(before)] == before:
+                yield whole[len(before) :]
+
+    def _plain(self, text: str) -> list[int]:
+        return self._chat._encode_run(text) if self._chat else self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out; bytes that are no complete character show as U+FFFD."""

@@ -8,6 +8,8 @@ import re
 from functools import cache
 from typing import TypeVar
 
+BUILT_IN_REVIEWS = "builtin:reviews"  # what a file of texts, or of prompts, is called that is this corpus
+
 _T = TypeVar("_T")
 _SIZE = 4000
 

@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_env.errors import ConfigError, DataError
-from rlhf_env.records.jsonl import read_jsonl
+from rlhf_env.text.corpus import BUILT_IN_REVIEWS, review_openings
+from rlhf_env.text.sources import has_lines, read_lines, read_rows
 
 
 def load_prompts(path: str | Path, *, field: str = "prompt") -> list[str]:
-    """Prompts of a file: `.jsonl` (one object per line, its `field`) or `.txt` (one prompt per line)."""
-    path = Path(path)
-    if path.suffix == ".jsonl":
-        prompts = [row[field] for row in read_jsonl(path, required={field: str})]
-    elif path.suffix == ".txt":
-        prompts = _read_lines(path)
-    else:
-        raise DataError(f"{path}: prompts are read from .jsonl or .txt files")
-    if not prompts:
-        raise DataError(f"{path}: the file holds no prompts")
-    return prompts
+    """Prompts of a `.txt` file (one per line), a `.jsonl` file or the data set `hf:NAME[:SPLIT]` (their `field`).
+
+    "builtin:reviews" are the openings of this package's film reviews.
+    """
+    if path == BUILT_IN_REVIEWS:
+        return review_openings()
+    if has_lines(path):
+        return [line for _, line in read_lines(path)]
+    return [row[field] for _, row in read_rows(path, required={field: str})]
+
+
+def openings(texts: Sequence[str], words: int) -> list[str]:
+    """The distinct first `words` words of the texts that have more, in order of appearance, spaced as they are there.
+
+    They make prompts out of whole texts: each is how some text begins, up to the end of a word.
+    """
+    if words < 1:
+        raise ConfigError(f"an opening has at least 1 word, got {words}")
+    found: dict[str, None] = {}
+    for text in texts:
+        ends = [word.end() for word in itertools.islice(re.finditer(r"\S+", text), words + 1)]
+        if len(ends) > words:
+            found[text[: ends[words - 1]]] = None
+    if not found:
+        raise DataError(
+            f"none of the {len(texts)} texts has more than {words} words, so none leaves something to write after them"
+        )
+    return list(found)
 
 
 def prompt_indices(seed: int, start: int, count: int, size: int) -> NDArray[np.int64]:
@@ -35,22 +56,3 @@ def prompt_indices(seed: int, start: int, count: int, size: int) -> NDArray[np.i
     first, last = start // size, (start + count) // size
     order = [np.random.default_rng([seed, epoch]).permutation(size) for epoch in range(first, last + 1)]
     return np.concatenate(order)[start - first * size :][:count]
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            prompts.append(line.removesuffix(b"\r").decode())
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: not valid UTF-8 at byte {error.start} of the line") from error
-    while prompts and not prompts[-1].strip():
-        prompts.pop()
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt.strip():
-            raise DataError(f"{path}:{number}: blank line; a .txt file has one prompt per line (use .jsonl otherwise)")
-    return prompts

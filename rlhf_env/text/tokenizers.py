@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_env.errors import ConfigError
@@ -52,6 +52,35 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return _wrap(tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+
+
+def bpe_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:
+    """Byte-level byte-pair encoding learned from `texts`, as GPT-2's is (Sennrich et al. 2016, arXiv 1508.07909).
+
+    The 256 bytes come first, then the merges in the order in which they were learned, then `<bos>`, `<eos>`, `<pad>`:
+    `vocab_size` tokens in all, or fewer where no pair of tokens occurs twice any more. Any text at all comes back from
+    its ids, and the same texts always give the same vocabulary.
+    """
+    learned = vocab_size - 3
+    if learned < 256:
+        raise ConfigError(f"a byte-pair vocabulary needs at least 259 tokens (256 bytes, 3 special), got {vocab_size}")
+    texts = [text for text in texts if text]
+    if not texts:
+        raise ConfigError("a byte-pair tokenizer needs texts to learn from; got none")
+    tokenizer = Tokenizer(models.BPE())
+    # Its pattern keeps letters and marks apart, so that no merge can build the text of a special token.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=learned,
+            min_frequency=2,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
     return _wrap(tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 

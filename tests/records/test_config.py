@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from rlhf_env.errors import ConfigError
-from rlhf_env.records.config import Layer, build, documented, override_layer, read_layer, to_dict
+from rlhf_env.records.config import Layer, build, documented, flat, override_layer, read_layer, to_dict
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,15 @@ def test_later_layers_win_key_by_key():
     )
     second = Layer("second", {"steps": 2, "inner": {"beta": 2}, "free": {"b": 3}})
     assert build(Outer, first, second) == Outer("x", 2, False, Inner(2.0, where="terminal"), {"a": 1, "b": 3})
+
+
+def test_a_section_without_settings_is_an_empty_one():
+    defaults = build(Outer, Layer("file.yaml", {"name": "x"}))
+    assert build(Outer, Layer("file.yaml", {"name": "x", "inner": None, "free": None})) == defaults
+
+
+def test_flat_settings_have_dotted_names():
+    assert flat({"a": {"b": {"c": 1}, "d": []}, "e": None}) == {"a.b.c": 1, "a.d": [], "e": None}
 
 
 @pytest.mark.parametrize(
@@ -168,3 +177,8 @@ def test_the_sentence_beside_a_setting_is_its_documentation():
 def test_reading_settings_needs_no_torch():
     code = "import sys, rlhf_env.records.config, rlhf_env.training.config; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_a_misspelt_section_is_recognised():
+    with pytest.raises(ConfigError, match=r"there is no setting inne; did you mean inner\?"):
+        build(Outer, Layer("file.yaml", {"name": "x", "inne": {"beta": 1}}))

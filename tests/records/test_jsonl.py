@@ -6,7 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_env.errors import DataError
-from rlhf_env.records.jsonl import append_jsonl, parse_jsonl, read_json, read_jsonl, write_json, write_jsonl
+from rlhf_env.records.jsonl import (
+    append_jsonl,
+    parse_jsonl,
+    read_json,
+    read_jsonl,
+    read_numbered_jsonl,
+    require_keys,
+    require_valid,
+    write_json,
+    write_jsonl,
+)
 
 
 @pytest.fixture
@@ -96,6 +106,35 @@ def test_required_keys_and_types(file, kind, row, message):
 def test_an_integer_is_a_number(file):
     file.write_text('{"k": 1}')
     assert read_jsonl(file, required={"k": float}) == [{"k": 1}]
+
+
+def test_rows_can_be_read_with_the_numbers_of_their_lines(file):
+    file.write_bytes(b'\r\n{"a": 1}\n\n{"a": 2}\n')
+    assert read_numbered_jsonl(file) == [(2, {"a": 1}), (4, {"a": 2})]
+    with pytest.raises(DataError, match=":2: 'a' must be a string"):
+        read_numbered_jsonl(file, required={"a": str})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "x:1: 'bad' holds a number that is not finite"),
+        ([{"deep": float("-inf")}], "x:1: 'bad' holds a number that is not finite"),
+        ("\ud800", "x:1: 'bad' holds half of a surrogate pair"),
+        ({"\udc00": 1}, "x:1: 'bad' holds half of a surrogate pair"),
+    ],
+    ids=repr,
+)
+def test_rows_from_elsewhere_are_checked_for_what_json_cannot_hold(value, message):
+    require_valid({"fine": ["😀", 1.5, None, {"a": b"bytes are not JSON but do no harm"}]}, "x:1")
+    with pytest.raises(DataError, match=message):
+        require_valid({"fine": 1, "bad": value}, "x:1")
+
+
+def test_rows_from_elsewhere_are_checked_for_their_keys():
+    require_keys({"k": 1, "other": object()}, {"k": float}, "x:1")
+    with pytest.raises(DataError, match="x:1: 'k' must be a number, it is a set"):
+        require_keys({"k": {1}}, {"k": float}, "x:1")
 
 
 def test_append_adds_a_whole_row_at_once(file):

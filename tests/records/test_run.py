@@ -31,6 +31,11 @@ def test_an_empty_folder_can_become_a_run(tmp_path):
     assert Run.create(tmp_path, CONFIG).path == tmp_path
 
 
+def test_what_a_kill_left_of_a_file_does_not_stop_the_next_run(tmp_path):
+    (tmp_path / ".config.yaml.4711.tmp").write_bytes(b"half a co")
+    assert Run.create(tmp_path, CONFIG).config == CONFIG
+
+
 def test_a_config_that_could_not_be_replayed_makes_no_folder(tmp_path):
     with pytest.raises(ConfigError, match="no plain YAML value"):
         Run.create(tmp_path / "a", {"model": object()})

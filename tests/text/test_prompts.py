@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_env.errors import ConfigError, DataError
-from rlhf_env.text.prompts import load_prompts, prompt_indices
+from rlhf_env.text.prompts import load_prompts, openings, prompt_indices
 
 
 def test_jsonl_gives_the_field_of_each_row(tmp_path):
@@ -26,10 +26,10 @@ def test_txt_gives_one_prompt_per_line_as_it_stands(tmp_path):
     ("name", "content", "message"),
     [
         ("p.txt", b"a\n\nb\n", r"p\.txt:2: blank line"),
-        ("p.txt", b"a\n\xff\n", r"p\.txt:2: not valid UTF-8"),
-        ("p.txt", b"\n\n", r"p\.txt: the file holds no prompts"),
+        ("p.txt", b"a\n\xff\n", r"p\.txt:2: byte 1 is not UTF-8"),
+        ("p.txt", b"\n\n", r"p\.txt: the file is empty"),
         ("p.jsonl", b"", r"p\.jsonl"),
-        ("p.csv", b"a", r"p\.csv: .*\.jsonl or \.txt"),
+        ("p.csv", b"a", r"p\.csv: .*\.jsonl files.*\.txt files"),
     ],
 )
 def test_bad_files_are_named_with_their_line(tmp_path, name, content, message):
@@ -42,6 +42,46 @@ def test_bad_files_are_named_with_their_line(tmp_path, name, content, message):
 def test_a_missing_file_is_named(tmp_path, name):
     with pytest.raises(DataError, match=name):
         load_prompts(tmp_path / name)
+
+
+def test_a_data_set_gives_its_prompts(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"prompt": ["a", " b\n"], "n": [1, 2]}).save_to_disk(tmp_path / "d")
+    assert load_prompts(f"hf:{tmp_path / 'd'}") == ["a", " b\n"]
+    with pytest.raises(DataError, match="row 0: 'n' must be a string"):
+        load_prompts(f"hf:{tmp_path / 'd'}", field="n")
+
+
+def test_openings_are_the_distinct_first_words_of_longer_texts():
+    texts = [
+        "the film is good",
+        "a  film\tis",
+        " the film",
+        "the film is bad",
+        "the film",
+        "one two \n",
+        "naïve 日本 😀",
+    ]
+    assert openings(texts, 2) == ["the film", "a  film", "naïve 日本"]
+    assert openings(texts, 1) == ["the", "a", " the", "one", "naïve"]
+    with pytest.raises(DataError, match="none of the 7 texts has more than 4 words"):
+        openings(texts, 4)
+    with pytest.raises(ConfigError, match="at least 1 word"):
+        openings(texts, 0)
+
+
+@given(st.lists(st.text(st.sampled_from("ab \n\u3000\x1c")), min_size=1), st.integers(1, 3))
+def test_an_opening_begins_a_text_at_the_end_of_a_word(texts, words):
+    longer = [text for text in texts if len(text.split()) > words]
+    if not longer:
+        with pytest.raises(DataError):
+            openings(texts, words)
+        return
+    found = openings(texts, words)
+    assert [o.split() for o in dict.fromkeys(found)] == [o.split() for o in found]
+    for text in longer:
+        (own,) = {o for o in found if text.startswith(o) and text[len(o)].isspace() and len(o.split()) == words}
+        assert own.split() == text.split()[:words] and own == own.rstrip()
 
 
 def test_each_epoch_is_a_permutation_and_epochs_differ():

@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from rlhf_env.errors import ConfigError
-from rlhf_env.text.tokenizers import byte_tokenizer, char_tokenizer, word_tokenizer
+from rlhf_env.text.corpus import film_reviews
+from rlhf_env.text.tokenizers import bpe_tokenizer, byte_tokenizer, char_tokenizer, word_tokenizer
 
 ALPHABET = "abc <>/eos\n\té😀"
 SENTENCES = ["the film is good.", "the plot isn't\n good, 'ok'", "  two spaces\tand a tab"]
@@ -12,6 +13,7 @@ SENTENCES = ["the film is good.", "the plot isn't\n good, 'ok'", "  two spaces\t
 CHARS = char_tokenizer(ALPHABET)
 WORDS = word_tokenizer(SENTENCES)
 BYTES = byte_tokenizer()
+BPE = bpe_tokenizer(SENTENCES * 3, 300)
 
 
 @given(st.text(ALPHABET))
@@ -79,13 +81,55 @@ def test_a_word_tokenizer_needs_words():
         word_tokenizer([])
 
 
+def test_merges_are_learned_in_order_of_frequency():
+    # "aaab" twice and " aaab" twice: the pair aa occurs 8 times and ab 4 times; then a+b comes before aa+a, both 4
+    # times, since bytes come before merges; then aa+ab, then the space. At last no pair is left.
+    tokenizer = bpe_tokenizer(["aaab aaab", "aaab aaab"], 1000)
+    learned = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])[256:]
+    assert [token for token, _ in learned] == ["aa", "ab", "aaab", "Ġaaab", "<bos>", "<eos>", "<pad>"]
+    assert tokenizer.encode("aaab aaabaa") == [258, 259, 256]
+    assert len(tokenizer) == 263
+    assert len(bpe_tokenizer(["aaab aaab"], 261)) == 261
+
+
+@given(st.text())
+def test_any_text_round_trips_through_merges(text):
+    ids = BPE.encode(text, split_special_tokens=True)
+    assert BPE.decode(ids) == text
+    assert len(ids) <= len(text.encode())
+
+
+def test_the_same_texts_give_the_same_merges():
+    texts = film_reviews()[:500]
+    first, second = (bpe_tokenizer(iter(texts), 600) for _ in range(2))
+    assert first.get_vocab() == second.get_vocab() and len(first) == 600
+    assert [first.encode(text) for text in texts] == [second.encode(text) for text in texts]
+    assert bpe_tokenizer(sorted(texts), 600).get_vocab() == first.get_vocab()  # only the counts matter
+
+
+def test_no_merge_is_a_special_token_however_often_its_text_occurs():
+    tokenizer = bpe_tokenizer(["<eos><eos> <eos>"] * 100, 300)
+    ids = tokenizer.encode("<eos>", split_special_tokens=True)
+    assert tokenizer.eos_token_id not in ids and tokenizer.decode(ids) == "<eos>"
+
+
+def test_byte_pairs_need_texts_and_room_for_every_byte():
+    with pytest.raises(ConfigError, match="at least 259 tokens"):
+        bpe_tokenizer(["a"], 258)
+    assert len(bpe_tokenizer(["a"], 259)) == 259
+    with pytest.raises(ConfigError, match="none"):
+        bpe_tokenizer(["", ""])
+
+
 def test_half_a_character_decodes_to_a_replacement():
     assert BYTES.decode([0xF0, 0x9F]) == "\ufffd"
     assert BYTES.decode([0xF0, 0x9F, 0x98, 0x80]) == "😀"
 
 
 @pytest.mark.parametrize(
-    "tokenizer", [CHARS, WORDS, BYTES, char_tokenizer("abc", special=False)], ids=["char", "word", "byte", "bare"]
+    "tokenizer",
+    [CHARS, WORDS, BYTES, BPE, char_tokenizer("abc", special=False)],
+    ids=["char", "word", "byte", "bpe", "bare"],
 )
 def test_a_saved_folder_loads_as_the_same_tokenizer(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
