@@ -1,0 +1,1 @@
+"""Comparisons of responses and the simulated people who make them."""
