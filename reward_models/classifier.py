@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_env.errors import ConfigError, RewardError
 
 
 class ClassifierReward:
-    """The logit that a classifier, read by its own tokenizer, gives to a text.
+    """The logit that a classifier, read by its own tokenizer, gives to a text: score = (logit − mean) / std.
 
     `folder` is a model saved with its tokenizer; weights that are missing from it or left over are an error, since
     the head would be random. `label` (name or index) chooses among several logits. `of="text"` scores prompt and
-    response as one text, `of="response"` the response alone. Texts longer than `max_length` tokens (default: what
-    model and tokenizer allow) lose their beginning.
+    response as one text, `of="response"` the response alone. Texts longer than `max_length` tokens lose their
+    beginning. A model that `save_pretrained` wrote keeps `of`, `max_length`, mean and std in its config.json; where
+    nothing is said, these are "text", what model and tokenizer allow, 0 and 1.
     """
 
     def __init__(
@@ -29,50 +32,163 @@ class ClassifierReward:
         folder: str | Path,
         *,
         label: str | int | None = None,
-        of: Literal["text", "response"] = "text",
+        of: Literal["text", "response"] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
         max_length: int | None = None,
     ) -> None:
-        if of not in ("text", "response"):
-            raise ConfigError(f"of must be 'text' or 'response', got {of!r}")
-        self.of, self.folder = of, Path(folder)
-        self.model = _load_model(self.folder, dtype).to(device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder, padding_side="right", truncation_side="left")
-        self.label = _label_index(self.model.config, label)
-        config = self.model.config.get_text_config()
-        # Decoder classifiers find the last token of a padded row by this id; without one, rows must go singly.
+        model = _load_model(Path(folder), dtype).to(device)
+        self._assemble(model, AutoTokenizer.from_pretrained(folder), label, of, batch_size, max_length)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        *,
+        label: str | int | None = None,
+        of: Literal["text", "response"] | None = None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+    ) -> Self:
+        """A classifier in memory, and the tokenizer that it reads with."""
+        reward = cls.__new__(cls)
+        reward._assemble(model, tokenizer, label, of, batch_size, max_length)
+        return reward
+
+    def _assemble(
+        self, model: Any, tokenizer: Any, label: str | int | None, of: Any, batch_size: int, max_length: int | None
+    ) -> None:
+        self.model = model.eval()  # and it stays so: dropout would make the score depend on chance
+        self.tokenizer = tokenizer
+        tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
+        self.label = _label_index(model.config, label)
+        self.of = of or getattr(model.config, "reward_of", "text")
+        if self.of not in ("text", "response"):
+            raise ConfigError(f"of must be 'text' or 'response', got {self.of!r}")
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
+            raise ConfigError(f"a score cannot be normalised by the mean {self.mean} and the std {self.std}")
+        # Decoder classifiers read the last token of a row that is not this one; without one, rows must go singly.
+        config = model.config.get_text_config()
+        if config.pad_token_id is None:
+            config.pad_token_id = padding_token(tokenizer, model.get_input_embeddings().weight.shape[0])
         self._pad: int | None = config.pad_token_id
         self.batch_size = 1 if self._pad is None else batch_size
+        if max_length is not None and max_length < 1:
+            raise ConfigError(f"max_length must be at least 1, got {max_length}")
         context = getattr(config, "max_position_embeddings", None) or 2**31 - 1
-        self.max_length = min(max_length or context, context, self.tokenizer.model_max_length)
+        wanted = max_length or getattr(model.config, "reward_max_length", None) or context
+        self.max_length: int = min(wanted, context, tokenizer.model_max_length)
+
+    @property
+    def mean(self) -> float:
+        """The logit that scores 0."""
+        return getattr(self.model.config, "reward_mean", 0.0)
+
+    @property
+    def std(self) -> float:
+        """How many units of the logit are one unit of the score."""
+        return getattr(self.model.config, "reward_std", 1.0)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
-        """Logit of each text, [B]; the same whichever texts share its batch, up to rounding."""
-        texts = list(responses) if self.of == "response" else list(map("".join, zip(prompts, responses, strict=True)))
-        rows = [self._encode(text) for text in texts]
-        scores = np.empty(len(rows), dtype=np.float64)
-        by_length = np.argsort([len(row) for row in rows], kind="stable")  # little padding per batch
-        for start in range(0, len(rows), self.batch_size):
-            chosen = by_length[start : start + self.batch_size]
-            scores[chosen] = self._logits([rows[i] for i in chosen])
-        return scores
+        """(logit − mean) / std of each text, [B]; the same whichever texts share its batch, up to rounding."""
+        return (self.logits(prompts, responses) - self.mean) / self.std
+
+    def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
+        """The classifier's own number for each text, [B], before any normalisation."""
+        rows = [tuple(row) for row in self.encode(prompts, responses)]
+        distinct = sorted(dict.fromkeys(rows), key=len)  # little padding per batch, and equal texts score exactly alike
+        known: dict[tuple[int, ...], float] = {}
+        for start in range(0, len(distinct), self.batch_size):
+            batch = distinct[start : start + self.batch_size]
+            with torch.inference_mode():
+                known |= zip(batch, self.forward(batch).tolist(), strict=True)
+        return np.array([known[row] for row in rows], dtype=np.float64)
+
+    def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+        """Token ids of what is read of each response: its own tokenizer's, at most `max_length`."""
+        texts = responses if self.of == "response" else map("".join, zip(prompts, responses, strict=True))
+        return [self._encode(text) for text in texts]
+
+    def forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [B] of rows of token ids, with gradient; in float32 even where the weights are of less precision."""
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self._pad or 0, dtype=torch.int64)
+        mask = torch.zeros(len(rows), width, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        device = self.model.device
+        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, self.label]
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def normalize_on(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[float, float]:
+        """Make these responses score mean 0 and variance 1; returns the mean and the std of their logits.
+
+        Of a reference's responses, so that β means the same for every reward model (Ziegler et al. 2019, arXiv
+        1909.08593, §2).
+        """
+        if len(responses) < 2:
+            raise RewardError(f"a score is normalised on at least 2 responses, not on {len(responses)}")
+        logits = self.logits(prompts, responses)
+        if broken := np.flatnonzero(~np.isfinite(logits)).tolist():
+            raise RewardError(f"the logit of response {broken[0]} is {logits[broken[0]]}: nothing can be normalised")
+        mean, std = float(logits.mean()), float(logits.std())
+        if std <= 1e-6 * max(1.0, abs(mean)):  # what rounding alone can cause
+            raise RewardError(
+                f"all {len(logits)} responses have the same logit, {mean:.6g}, so no scale gives them variance 1: "
+                "normalise on responses that differ, or train the reward model longer"
+            )
+        self.model.config.update({"reward_mean": mean, "reward_std": std})
+        return mean, std
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write an ordinary Hugging Face folder (safetensors, tokenizer), mean and std in its config.json."""
+        stored = {"mean": self.mean, "std": self.std, "of": self.of, "max_length": self.max_length}
+        self.model.config.update({f"reward_{name}": value for name, value in stored.items()})
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     def _encode(self, text: str) -> list[int]:
-        ids = self.tokenizer(text, truncation=True, max_length=self.max_length, split_special_tokens=True)["input_ids"]
+        try:
+            encoded = self.tokenizer(text, truncation=True, max_length=self.max_length, split_special_tokens=True)
+        except Exception as error:  # the Rust tokenizers raise bare Exception
+            raise RewardError(f"the reward model's tokenizer cannot read {text[:60]!r}: {error}") from error
+        ids = encoded["input_ids"]
         if not ids:  # an empty response still needs a score
             ids = [t for t in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if t is not None][:1]
         if not ids:
-            raise RewardError(f"the classifier {self.folder} has no token for the text {text!r}, so it cannot score it")
+            raise RewardError(f"the reward model's tokenizer makes no token of the text {text!r}: it has no score")
         return ids
 
-    @torch.inference_mode()
-    def _logits(self, rows: list[list[int]]) -> NDArray[np.float64]:
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [self._pad or 0] * (width - len(row)) for row in rows], device=self.model.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.model.device)
-        return self.model(input_ids=ids, attention_mask=mask).logits[:, self.label].double().cpu().numpy()
+
+def padding_token(tokenizer: Any, vocab_size: int) -> int | None:
+    """A special token below `vocab_size` that no text becomes or ends in: the tokenizer's pad, else EOS, else BOS.
+
+    None where there is none: a decoder classifier takes the last *other* token for the end of the text.
+    """
+    last = _last_of_a_text(tokenizer)
+    # An <unk> that is EOS or BOS too is never written: such tokenizers (GPT-2's) know every byte.
+    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    names = [name for name in (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token) if name is not None]
+    for name, token in zip(names, tokenizer.convert_tokens_to_ids(names), strict=True):
+        if token < vocab_size and token not in unknown | {last, *_plain_ids(tokenizer, name)}:
+            return token
+    return None
+
+
+def _last_of_a_text(tokenizer: Any) -> int | None:
+    """What the tokenizer appends to a text, where it does."""
+    probe = next(probe for probe in ("a", *tokenizer.get_vocab()) if _plain_ids(tokenizer, probe))
+    plain, whole = _plain_ids(tokenizer, probe), tokenizer.encode(probe, split_special_tokens=True)
+    return None if whole[-len(plain) :] == plain else whole[-1]
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    except Exception:  # a vocabulary without this text
+        return []
 
 
 def _load_model(folder: Path, dtype: torch.dtype):

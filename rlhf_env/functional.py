@@ -166,6 +166,19 @@ def adaptive_beta_factor(kl: float, target: float, episodes: int, horizon: int) 
     return 1.0 + error * min(episodes / horizon, 1.0)
 
 
+# --- preferences -----------------------------------------------------------------------------------
+
+
+def bradley_terry_loss(difference: Tensor, preference: Tensor) -> Tensor:
+    """−[y log σ(d) + (1 − y) log σ(−d)] in nats, elementwise, of score differences d and preferences y in [0, 1].
+
+    σ(d) is the probability that the first of two is preferred (Bradley & Terry 1952); y = 1 where it was, 0 where the
+    second was, 0.5 for a tie (Christiano et al. 2017, arXiv 1706.03741, eq. 1).
+    """
+    log_sigmoid = torch.nn.functional.logsigmoid
+    return -(preference * log_sigmoid(difference) + (1 - preference) * log_sigmoid(-difference))
+
+
 # --- sampling --------------------------------------------------------------------------------------
 
 
@@ -182,18 +195,19 @@ def inverse_cdf_sample(log_probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(drawn, last)
 
 
-def best_of_n(scores: Tensor, n: int) -> Tensor:
+def best_of_n(scores: Tensor, n: int, values: Tensor | None = None) -> Tensor:
     """Unbiased estimate of the expected best of `n` draws, from N ≥ n draws: [..., N] → [...].
 
     Σ_i s_(i) C(i − 1, n − 1) / C(N, n) over the sorted scores: the mean of the best over all subsets of size n
-    (Nakano et al. 2021, arXiv 2112.09332).
+    (Nakano et al. 2021, arXiv 2112.09332). With `values` [..., N], the mean value of the draw whose score is best.
     """
     total = scores.shape[-1]
     if not 1 <= n <= total:
         raise ValueError(f"the best of {n} cannot be estimated from {total} draws")
     rank = torch.arange(n, total + 1, dtype=torch.float64)  # the n − 1 lowest are never the best
     log_weight = log_choose(rank - 1, n - 1) - log_choose(torch.tensor(float(total), dtype=torch.float64), n)
-    return (scores.sort(-1).values[..., n - 1 :].double() * log_weight.exp().to(scores.device)).sum(-1)
+    by_score = (scores if values is None else values).gather(-1, torch.sort(scores, dim=-1, stable=True).indices)
+    return (by_score[..., n - 1 :].double() * log_weight.exp().to(scores.device)).sum(-1)
 
 
 def log_choose(n: Tensor, k: int) -> Tensor:

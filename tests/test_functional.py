@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf_env.functional import (
     adaptive_beta_factor,
     best_of_n,
+    bradley_terry_loss,
     clipped_value_loss,
     entropy,
     explained_variance,
@@ -408,9 +409,64 @@ def test_best_of_n_is_the_mean_of_the_best_over_all_subsets(n):
     torch.testing.assert_close(best_of_n(scores, n), torch.tensor(expected, dtype=torch.float64), atol=1e-7, rtol=0)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_best_of_n_by_one_number_is_worth_another(n):
+    """What is chosen by score is paid in gold: the mean gold, over all subsets, of the draw whose score is best."""
+    scores = torch.tensor([[0.3, -1.0, 2.0, 0.5, 0.4], [5.0, 4.0, 3.0, 2.0, 1.0]])
+    gold = torch.tensor([[1.0, 9.0, -3.0, 2.0, 0.0], [0.0, 1.0, 5.0, 0.5, 7.0]])
+    expected = [
+        sum(values[max(subset, key=row.__getitem__)] for subset in combinations(range(5), n)) / math.comb(5, n)
+        for row, values in zip(scores.tolist(), gold.tolist(), strict=True)
+    ]
+    found = best_of_n(scores, n, gold)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(best_of_n(scores, n, scores), best_of_n(scores, n), atol=0, rtol=0)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    torch.testing.assert_close(best_of_n(scores[:, order], n, gold[:, order]), found)
+
+
 def test_best_of_n_of_thousands_does_not_overflow():
     """E[max of n uniform draws] = n / (n + 1); from the exact quantiles of a uniform distribution."""
     scores = (torch.arange(4096, dtype=torch.float64) + 1) / 4097
     assert float(best_of_n(scores, 1000)) == pytest.approx(1000 / 1001, abs=1e-6)
     with pytest.raises(ValueError, match="best of 5 cannot be estimated from 4"):
         best_of_n(scores[:4], 5)
+
+
+# --- preferences -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("difference", "preference", "expected"),
+    [
+        (0.0, 1.0, LN2),
+        (math.log(3), 1.0, math.log(4 / 3)),  # σ(ln 3) = 3/4
+        (math.log(3), 0.0, math.log(4)),
+        (math.log(3), 0.5, (math.log(4 / 3) + math.log(4)) / 2),
+        (1000.0, 1.0, 0.0),
+        (1000.0, 0.0, 1000.0),
+        (-1000.0, 0.5, 500.0),
+    ],
+)
+def test_bradley_terry_loss_by_hand(difference: float, preference: float, expected: float) -> None:
+    loss = bradley_terry_loss(torch.tensor([difference]), torch.tensor([preference]))
+    torch.testing.assert_close(loss, torch.tensor([expected]))
+
+
+def test_bradley_terry_loss_keeps_its_digits_where_it_is_small() -> None:
+    """−log σ(d) = log(1 + exp(−d)) ≈ exp(−20), of which log(σ(d)) in float32 knows nothing."""
+    for difference, preference in ((20.0, 1.0), (-20.0, 0.0)):
+        loss = bradley_terry_loss(torch.tensor(difference), torch.tensor(preference))
+        assert float(loss) == pytest.approx(math.exp(-20), rel=1e-6)
+
+
+@given(difference=st.floats(-50, 50), preference=st.sampled_from([0.0, 0.5, 1.0]))
+def test_bradley_terry_loss_has_no_first_response_and_the_gradient_of_logistic_regression(
+    difference: float, preference: float
+) -> None:
+    d = torch.tensor(difference, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor(preference, dtype=torch.float64)
+    loss = bradley_terry_loss(d, y)
+    torch.testing.assert_close(loss, bradley_terry_loss(-d, 1 - y), rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(loss, d)
+    assert float(gradient) == pytest.approx(1 / (1 + math.exp(-difference)) - preference, abs=1e-12)
