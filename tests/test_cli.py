@@ -1,13 +1,24 @@
 """The commands, as they are typed."""
 
+import itertools
 import json
 import subprocess
 import sys
 
 import pytest
 
-from rlhf_env.cli import inform, main
-from rlhf_env.cli.show import clock, training_progress
+from rlhf_env.cli import inform
+from rlhf_env.cli.show import clock, response_progress, step_progress, training_progress
+from rlhf_env.records.config import documented
+from rlhf_env.training.config import (
+    EvaluateConfig,
+    FineTuneConfig,
+    GenerateConfig,
+    PipelineConfig,
+    PreferConfig,
+    RewardConfig,
+    TrainConfig,
+)
 from tests.tiny_files import write_tiny_files
 
 
@@ -16,46 +27,67 @@ def tiny(tmp_path_factory):
     return write_tiny_files(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run one command in this process: exit code, standard output, standard error."""
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    monkeypatch.setenv("COLUMNS", "200")
+COMMANDS = {
+    "demo": None,
+    "pipeline": PipelineConfig,
+    "sft": FineTuneConfig,
+    "prefer": PreferConfig,
+    "reward": RewardConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
+    "inspect": None,
+    "preferences": None,
+    "preferences convert": None,
+    "worlds build": None,
+    "agents": None,
+    "doctor": None,
+}
 
-    def run(*words) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rlhf-env", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code or 0, *capsys.readouterr()
 
-    return run
-
-
-@pytest.mark.parametrize(
-    "words", [["--help"], ["train", "--help"], ["agents"], ["worlds"], ["train", "--out", "x", "x=1"]]
-)
-def test_what_needs_no_model_loads_no_heavy_library(words):
+def test_what_needs_no_model_loads_no_heavy_library():
+    lines = [f"{name} --help" for name in COMMANDS] + ["--help", "agents", "worlds", "train --out x x=1"]
     code = (
-        "import sys; from rlhf_env.cli import main; sys.argv = ['rlhf-env', *sys.argv[1:]]\n"
-        "try: main()\n"
-        "finally: print({'torch', 'transformers', 'stable_baselines3'} & set(sys.modules), file=sys.stderr)"
+        "import sys; from rlhf_env.cli import main\n"
+        "for line in sys.argv[1:]:\n"
+        "    sys.argv = ['rlhf-env', *line.split()]\n"
+        "    try: main()\n"
+        "    except SystemExit: print(line, {'torch', 'transformers', 'stable_baselines3'} & set(sys.modules), "
+        "file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == "set()"
+    done = subprocess.run([sys.executable, "-c", code, *lines], capture_output=True, text=True)
+    assert [line for line in done.stderr.splitlines() if "set()" in line] == [f"{line} set()" for line in lines]
 
 
-def test_help_names_every_setting(command):
-    code, out, _ = command("train", "--help")
-    assert code == 0
-    for word in (
-        "--policy",
-        "--target-kl",
-        "--resume",
-        "env.missing_eos_penalty: Subtracted from the score",
-        "Usage: rlhf-env",
-    ):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_setting(command, name):
+    code, out, _ = command(*name.split(), "--help")
+    assert code == 0 and f"Usage: rlhf-env {name}" in out
+    words = "".join(out.split())  # however the lines are broken
+    for key, sentence in {} if COMMANDS[name] is None else documented(COMMANDS[name]).items():
+        assert sentence, key
+        assert "".join(f"{sentence[:1].upper()}{sentence[1:]}.".split()) in words, key
+
+
+def test_help_names_flags_and_settings_without_one(command):
+    _, out, _ = command("train", "--help")
+    for word in ("--policy", "--target-kl", "--resume", "env.missing_eos_penalty: Subtracted from the score"):
         assert word in out
+    _, out, _ = command("prefer", "--help")
+    for word in ("--gold", "--flip-rate", "--responses", "env.temperature: Divides the logits"):
+        assert word in out
+
+
+def test_every_command_is_in_the_list(command):
+    _, out, _ = command("--help")
+    commands = out.partition("Commands:")[2].splitlines()
+    listed = {
+        words[0]
+        for line in commands
+        if line.startswith("  ") and not line.startswith("   ")
+        for words in [line.split()]
+    }
+    assert listed == {name.split()[0] for name in COMMANDS}
 
 
 def test_train_evaluate_generate(command, tiny, tmp_path):
@@ -205,16 +237,47 @@ def test_a_clock_reads_as_clocks_do(seconds, text):
     assert clock(seconds) == text
 
 
-@pytest.mark.slow
-def test_demo_ends_near_the_exact_optimum_and_likes_the_films(tmp_path):
-    """The front door: what `make demo` runs, its numbers and what it leaves."""
-    subprocess.run([sys.executable, "-m", "rlhf_env", "demo", "--out", str(tmp_path / "demo")], check=True)
-    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
-    ppo, optimum = summary["known_optimum"]["PPO"], summary["known_optimum"]["exact optimum"]
-    assert 0.95 < ppo["gain"] < 1
-    assert optimum["gain"] == pytest.approx(1)
-    reviews = summary["reviews"]
-    assert reviews["score_low_after"] > reviews["score_high_before"] + 0.4
-    assert 0 < reviews["kl"] < 10
-    assert (tmp_path / "demo" / "plots" / "known_optimum.png").stat().st_size > 10_000
-    assert (tmp_path / "demo" / "reviews" / "README.md").is_file()
+@pytest.fixture
+def time_passes(monkeypatch):
+    """A clock that moves on by so many seconds with each look at it."""
+
+    def by(seconds: float) -> None:
+        ticks = itertools.count(0.0, seconds)
+        monkeypatch.setattr("rlhf_env.cli.show.time.monotonic", lambda: next(ticks))
+
+    return by
+
+
+def test_steps_are_lines_now_and_then_and_at_the_end(capsys, time_passes):
+    time_passes(4.0)
+    with step_progress() as show:
+        for step in range(1, 7):
+            show({"step": step, "steps": 6, "loss": 0.5 / step})
+    # One step takes 4 seconds: a line once 10 seconds are over, and for the last step.
+    assert capsys.readouterr() == (
+        "",
+        "3/6 steps  loss 0.167  0:12 left\n6/6 steps  loss 0.083  0:00 left\n",
+    )
+
+
+def test_responses_are_counted_in_lines_now_and_then(capsys, time_passes):
+    time_passes(6.0)
+    with response_progress() as show:
+        for _ in range(4):
+            show(30, 120)
+    # 60 responses in 12 seconds are 5 per second, so that the other 60 take 12 seconds more.
+    assert capsys.readouterr() == (
+        "",
+        "60/120 responses  5.0 per second  0:12 left\n120/120 responses  5.0 per second  0:00 left\n",
+    )
+
+
+def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with step_progress() as show:
+        show({"step": 1, "steps": 2, "loss": 0.25, "accuracy": 1.0})
+    with response_progress() as show:
+        show(1, 4)
+    out, err = capsys.readouterr()
+    assert out == "" and "━" in err and "1/2 steps" in err and "accuracy 1.000" in err and "1/4 responses" in err

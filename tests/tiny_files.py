@@ -1,4 +1,4 @@
-"""A policy folder and a file of prompts small enough that a whole run takes a second."""
+"""Policy folders and files small enough that a whole run takes a second."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.tiny import tiny_config
 from rlhf_env.text.corpus import film_reviews, review_openings
 from rlhf_env.text.tokenizers import word_tokenizer
+from tests.builders import PROMPTS, random_model
 
 
 def write_tiny_files(folder: Path) -> Path:
@@ -19,6 +20,20 @@ def write_tiny_files(folder: Path) -> Path:
     CausalLM.from_config(config, tokenizer).save_pretrained(folder / "policy")
     (folder / "prompts.txt").write_text("\n".join(review_openings()), encoding="utf-8")
     return folder
+
+
+def write_letter_files(folder: Path) -> Path:
+    """`policy`, the random model of `builders`, and `prompts.txt`; its gold is "tests.builders:letter_score"."""
+    random_model().save_pretrained(folder / "policy")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    return folder
+
+
+def write_rows(file: Path, *rows: Any) -> str:
+    """A .jsonl file of `rows`, each an object or a line as it stands; its name."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return str(file)
 
 
 def without_times(file: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,9 @@ import typer
 from rlhf_env.cli.demo import demo
 from rlhf_env.cli.inform import agents, doctor, worlds
 from rlhf_env.cli.measure import MORE_TO_EVALUATE, MORE_TO_GENERATE, evaluate, generate
+from rlhf_env.cli.pipeline import MORE_TO_PIPELINE, inspect, pipeline
+from rlhf_env.cli.preferences import preferences
+from rlhf_env.cli.stages import MORE_TO_PREFER, MORE_TO_REWARD, MORE_TO_SFT, prefer, reward, sft
 from rlhf_env.cli.train import MORE_TO_TRAIN, train
 from rlhf_env.errors import RLHFEnvError
 from rlhf_env.records.safe_text import safe_text
@@ -22,10 +25,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
+app.command(epilog=MORE_TO_PIPELINE)(pipeline)
+app.command(epilog=MORE_TO_SFT)(sft)
+app.command(epilog=MORE_TO_PREFER)(prefer)
+app.command(epilog=MORE_TO_REWARD)(reward)
 app.command(epilog=MORE_TO_TRAIN)(train)
 app.command(epilog=MORE_TO_EVALUATE)(evaluate)
 app.command(epilog=MORE_TO_GENERATE)(generate)
-for _command in (agents, worlds, doctor):
+app.command()(inspect)
+app.add_typer(preferences)
+app.add_typer(worlds, name="worlds")
+for _command in (agents, doctor):
     app.command()(_command)
 
 

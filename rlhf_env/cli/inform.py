@@ -13,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from rlhf_env.errors import ConfigError
+
 
 def agents(
     name: Annotated[str | None, typer.Argument(help="One agent, to list its settings: ppo or module:Class.")] = None,
@@ -26,8 +28,14 @@ def agents(
         _print_lines(agent_settings(agent_class(name)))
 
 
-def worlds() -> None:
+worlds = typer.Typer(help="List the environments that `gym.make` knows, or build what one of them ships.")
+
+
+@worlds.callback(invoke_without_command=True)
+def list_worlds(context: typer.Context) -> None:
     """List the environments that `gym.make` and `gym.make_vec` know, one line each."""
+    if context.invoked_subcommand is not None:
+        return
     import gymnasium
 
     from rlhf_env.training.agents import first_sentence
@@ -35,6 +43,20 @@ def worlds() -> None:
     ids = sorted(name for name in gymnasium.registry if name.startswith("rlhf_env/"))
     sentences = {name: first_sentence(str(gymnasium.spec(name).entry_point).partition(":")[0]) for name in ids}
     _print_lines({name: text.removeprefix(f"`{name}`: ") for name, text in sentences.items()})
+
+
+@worlds.command("build")
+def build_world(
+    name: Annotated[str, typer.Argument(help="The world: reviews.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; none: into the package.")] = None,
+) -> None:
+    """Train again, from nothing, the models that a world ships."""
+    if name != "reviews":
+        raise ConfigError(f"there is nothing to build for a world {name!r}: the one that ships models is 'reviews'")
+    from rlhf_env.cli.pipeline import watch
+    from rlhf_env.worlds.reviews import ASSETS, build
+
+    print(build(out or ASSETS, watch=watch))
 
 
 def doctor() -> None:

@@ -55,6 +55,12 @@ def evaluate(
     names = [name for name in found.metrics if not name.endswith(("_low", "_high"))]
     values = [interval(found.metrics, name) for name in names]
     metrics_table({"metric": names, "value": values}, f"{len(found.samples)} responses")
+    if found.best_of:
+        shown = [name for name in ("n", "kl_bound", "score", "gold") if name in found.best_of[0]]
+        cells = {
+            name: [interval(row, name) if name != "n" else f"{row[name]}" for row in found.best_of] for name in shown
+        }
+        metrics_table(cells, "best of n by the score, of the reference")
     columns = {"prompt": "prompt", "response": "response"}
     samples = [row | {"score_response": row["score"]} for row in found.samples[:2]]
     if "reference_response" in samples[0]:

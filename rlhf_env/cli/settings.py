@@ -23,9 +23,21 @@ def settings_from(kind: type[T], file: Path | None, flags: Mapping[str, Any], ov
     layers = [] if file is None else [read_layer(file)]
     given = [(key, value) for key, value in flags.items() if value is not None and value is not False]
     typed = [dotted_layer("the command line", given), override_layer(overrides or [])]
-    if any(unit in layer.values for unit in _BUDGETS for layer in typed):  # it replaces the file's, whatever its unit
-        layers = [Layer(one.source, {k: v for k, v in one.values.items() if k not in _BUDGETS}) for one in layers]
+    # A budget replaces the file's, whatever its unit.
+    if any(unit in layer.values for unit in _BUDGETS for layer in typed):
+        layers = [Layer(one.source, _without_budget(one.values)) for one in layers]
+    if any(unit in _section(layer, "train") for unit in _BUDGETS for layer in typed):
+        layers = [Layer(one.source, {**one.values, "train": _without_budget(_section(one, "train"))}) for one in layers]
     return build(kind, *layers, *typed)
+
+
+def _section(layer: Layer, name: str) -> Mapping[str, Any]:
+    section = layer.values.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _without_budget(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in _BUDGETS}
 
 
 def sentences(kind: Any) -> dict[str, str]:

@@ -59,12 +59,35 @@ def training_progress(budget: Mapping[str, int]) -> Iterator[Callable[[dict[str,
 
 
 @contextmanager
+def step_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that shows each gradient step's row (`step` of `steps`, `loss`): a bar on a terminal, else lines."""
+    console = Console(stderr=True)
+    began = printed = time.monotonic()
+    columns = (BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(row: Mapping[str, Any]) -> None:
+            nonlocal printed
+            step, steps, now = row["step"], row["steps"], time.monotonic()
+            means = "".join(f"  {name} {decimal(row[name])}" for name in ("loss", "accuracy") if name in row)
+            left = clock((now - began) / step * (steps - step))
+            facts = f"{step:,}/{steps:,} steps{means}  {left} left"
+            bar.update(task, completed=step, total=steps, description=facts)
+            if not console.is_terminal and (now - printed >= _SECONDS_BETWEEN_LINES or step == steps):
+                printed = now
+                print(facts, file=sys.stderr, flush=True)
+
+        yield show
+
+
+@contextmanager
 def response_progress() -> Iterator[Callable[[int, int], None]]:
     """A function that is told how many more responses are finished, of how many: a bar on a terminal, else lines."""
     console = Console(stderr=True)
     began = printed = time.monotonic()
     done = 0
-    columns = (BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} responses  {task.description}"))
+    columns = (BarColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
 
@@ -72,11 +95,12 @@ def response_progress() -> Iterator[Callable[[int, int], None]]:
             nonlocal done, printed
             done, now = done + more, time.monotonic()
             rate = done / max(now - began, 1e-9)
-            facts = f"{rate:,.1f} per second  {clock(max(total - done, 0) / rate)} left"
+            left = clock(max(total - done, 0) / rate)
+            facts = f"{done:,}/{total:,} responses  {rate:,.1f} per second  {left} left"
             bar.update(task, completed=done, total=total, description=facts)
             if not console.is_terminal and now - printed >= _SECONDS_BETWEEN_LINES:
                 printed = now
-                print(f"{done:,}/{total:,} responses  {facts}", file=sys.stderr, flush=True)
+                print(facts, file=sys.stderr, flush=True)
 
         yield show
 
@@ -88,7 +112,8 @@ def metrics_table(columns: Mapping[str, Sequence[str]], title: str | None = None
         table.add_column(name, justify="left" if i == 0 else "right")
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*(Text(safe_text(cell)) for cell in cells))
-    Console().print(table)
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 120)
 
 
 def samples_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ from rlhf_env.text.prompts import load_prompts
 from rlhf_env.training.config import EnvConfig, EvaluateConfig, TrainConfig
 from rlhf_env.types import Policy, RewardModel
 
-_HELD_OUT_STREAM = 2  # keeps the hold-out's random numbers apart from those of sampling and shuffling
+_HELD_OUT_STREAM = 2
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,15 @@ def assemble(config: TrainConfig) -> Parts:
     )
 
 
-def split_prompts(prompts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
-    """Prompts to train on and a seeded tenth of the distinct ones to evaluate on: 1 to 128; one prompt serves as both.
+def split_prompts(prompts: Sequence[str], seed: int, share: float = 0.1) -> tuple[list[str], list[str]]:
+    """Prompts to train on, and a seeded share of the distinct ones to evaluate on: 1 to 128; one prompt serves as both.
 
     A text that occurs several times is on one side only.
     """
     distinct = list(dict.fromkeys(prompts))
     if len(distinct) == 1:
         return list(prompts), distinct
-    count = min(128, max(1, len(distinct) // 10))
+    count = min(128, max(1, int(len(distinct) * share)))
     chosen = np.random.default_rng([seed, _HELD_OUT_STREAM]).permutation(len(distinct))[:count]
     held_out = {distinct[i] for i in chosen}
     return [p for p in prompts if p not in held_out], [p for p in distinct if p in held_out]
@@ -96,7 +96,7 @@ def make_envs(
     beta: float | AdaptiveBeta,
 ) -> TextGenerationVectorEnv:
     """The batched environment of the settings; what is wrong with a prompt is told with the `file` it came from."""
-    codec = Codec(policy.tokenizer, chat_template=_chat_template(env.chat_template))
+    codec = Codec(policy.tokenizer, chat_template=read_chat_template(env.chat_template))
     if isinstance(reference, CausalLM) and Codec.of(reference.tokenizer).fingerprint != codec.fingerprint:
         raise TokenizerError("the reference has another vocabulary than the policy: KL between them means nothing")
     try:
@@ -139,10 +139,11 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def _chat_template(setting: str) -> str:
+def read_chat_template(setting: str) -> str:
+    """ "auto" and "none" as they are, else the text of the Jinja file."""
     if setting in ("auto", "none"):
         return setting
     try:
         return Path(setting).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"env.chat_template must be auto, none or a Jinja file, and {setting!r}: {error}") from error
+        raise ConfigError(f"chat_template must be auto, none or a Jinja file, and {setting!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""What a training run, an evaluation and a generation can be told, one sentence per setting."""
+"""What each stage of the pipeline, and the pipeline itself, can be told, one sentence per setting."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlhf_env.errors import ConfigError
+from rlhf_env.settings import BradleyTerryConfig, LabelerConfig, SFTConfig
 
 DType = Literal["float32", "float64", "bfloat16", "float16"]
 
@@ -27,6 +28,99 @@ class EnvConfig:
     stop_strings: tuple[str, ...] = ()  #: a response ends once its text holds one of these
     missing_eos_penalty: float = 0.0  #: subtracted from the score of a response that the length limit ended
     chat_template: str = "auto"  #: "auto" (the tokenizer's own, if any), "none" (plain text) or a Jinja file
+
+    def __post_init__(self) -> None:
+        _require(
+            self, {"beta": 0, "beta_horizon": 1, "max_new_tokens": 1, "min_new_tokens": 0, "missing_eos_penalty": 0}
+        )
+        for name in ("target_kl", "temperature"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ConfigError(f"{name} must be positive, it is {value}")
+
+
+@dataclass(frozen=True)
+class NewModelConfig:
+    """A small model of random weights, with a tokenizer made from the texts it is to learn."""
+
+    tokenizer: Literal["bpe", "word", "char", "byte"] = "bpe"  #: what a token is; bpe: learned pieces of words
+    vocab_size: int = 2000  #: tokens of a bpe tokenizer
+    family: Literal["gpt2", "llama"] = "gpt2"  #: architecture
+    n_layer: int = 2  #: transformer blocks
+    n_embd: int = 64  #: width of the hidden state
+    n_head: int = 4  #: attention heads
+    n_positions: int = 128  #: context, in tokens
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """Supervised fine-tuning: from demonstrations to a policy that reinforcement learning can start from."""
+
+    demonstrations: str  #: file: .txt, .jsonl with "text" or with "prompt" and "response", or hf:NAME
+    policy: str | None = None  #: folder or hub name of the model to start from; none: a new small one, see new
+    held_out: float = 0.05  #: share of the demonstrations that is measured on and never learned from
+    too_long: Literal["error", "drop"] = "error"  #: what to do with demonstrations that exceed the model's context
+    chat_template: str = "auto"  #: "auto" (the tokenizer's own, if any), "none" (plain text) or a Jinja file
+    freeze_layers: int = 0  #: keep the embeddings and this many of the first blocks as they are
+    seed: int = 0  #: of new weights, the hold-out and the order
+    device: str = "cpu"  #: "cpu", "cuda", "cuda:1", "mps"
+    dtype: DType = "float32"  #: precision of the model's weights
+    fit: SFTConfig = field(default_factory=SFTConfig)  #: how it is learned
+    new: NewModelConfig = field(default_factory=NewModelConfig)  #: the new model, where no policy is given
+
+    def __post_init__(self) -> None:
+        _require(self, {"seed": 0, "freeze_layers": 0})
+        _require_share("held_out", self.held_out)
+
+
+@dataclass(frozen=True)
+class PreferConfig:
+    """Comparisons: K responses to each prompt, ranked by a simulated labeler who knows the gold reward."""
+
+    policy: str  #: folder or hub name of the model that writes the responses
+    prompts: str  #: file of prompts, .txt (one per line) or .jsonl (key "prompt"), or hf:NAME
+    gold: str  #: the labeler's true reward: "vader", "module:function" or the folder of a classifier
+    comparisons: int = 1000  #: how many to make
+    responses: int = 2  #: K, ranked in each
+    labeler: LabelerConfig = field(default_factory=LabelerConfig)  #: how the labeler errs
+    seed: int = 0  #: of sampling, the order of prompts and the labeler
+    device: str = "cpu"  #: "cpu", "cuda", "cuda:1", "mps"
+    dtype: DType = "float32"  #: precision of the model's weights
+    num_envs: int = 32  #: responses written side by side
+    env: EnvConfig = field(default_factory=EnvConfig)  #: the token MDP that the responses are written in
+
+    def __post_init__(self) -> None:
+        _require(self, {"comparisons": 1, "responses": 2, "num_envs": 1, "seed": 0})
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """A reward model from comparisons (Bradley–Terry), normalised on responses of the reference."""
+
+    comparisons: str  #: file of comparisons, .jsonl (ours, or TRL's prompt, chosen, rejected), or hf:NAME
+    body: str | None = None  #: folder or hub name of the model that gets the reward head; none: a new one, see new
+    held_out: float = 0.1  #: share of the comparisons, by prompt, that is measured on and never learned from
+    of: Literal["text", "response"] = "text"  #: what is scored: prompt and response, or the response alone
+    max_length: int | None = None  #: tokens of a text that are read, its last ones; none: as many as the model can
+    reference: str | None = None  #: the model whose responses shall score mean 0, variance 1; none: those compared
+    prompts: str | None = None  #: file of prompts for these responses, needed with a reference
+    normalize_on: int = 512  #: how many of these responses
+    gold: str | None = None  #: the true reward, to measure how well labels and model agree with it
+    seed: int = 0  #: of the head, the hold-out and the order
+    device: str = "cpu"  #: "cpu", "cuda", "cuda:1", "mps"
+    dtype: DType = "float32"  #: precision of the weights
+    num_envs: int = 32  #: responses written side by side
+    env: EnvConfig = field(default_factory=EnvConfig)  #: the token MDP of the reference's responses
+    fit: BradleyTerryConfig = field(default_factory=BradleyTerryConfig)  #: how it is learned
+    new: NewModelConfig = field(default_factory=NewModelConfig)  #: the new body, where none is given
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            {"normalize_on": 2, "num_envs": 1, "seed": 0, **({} if self.max_length is None else {"max_length": 1})},
+        )
+        _require_share("held_out", self.held_out)
+        if (self.reference is None) != (self.prompts is None):
+            raise ConfigError("to normalise on responses of a reference, give both reference and prompts, or neither")
 
 
 @dataclass(frozen=True)
@@ -79,6 +173,7 @@ class EvaluateConfig:
     gold: str | None = None  #: the true reward of a synthetic experiment
     text: str | None = None  #: file of text to measure the perplexity on
     episodes: int | None = None  #: responses; none: one to each prompt
+    best_of: int = 0  #: draws of the reference per prompt from which best-of-n is estimated; 0: it is not
     greedy: bool = False  #: take the most probable token instead of sampling
     seed: int = 0  #: of sampling
     device: str = "cpu"  #: "cpu", "cuda", "cuda:1", "mps"
@@ -87,7 +182,9 @@ class EvaluateConfig:
     env: EnvConfig = field(default_factory=EnvConfig)  #: the token MDP
 
     def __post_init__(self) -> None:
-        _require(self, {"num_envs": 1, "seed": 0, **({} if self.episodes is None else {"episodes": 1})})
+        _require(self, {"num_envs": 1, "best_of": 0, "seed": 0, **({} if self.episodes is None else {"episodes": 1})})
+        if self.best_of and self.reference is None:
+            raise ConfigError("best-of-n chooses among the reference's responses: give a reference, or best_of=0")
 
 
 @dataclass(frozen=True)
@@ -108,6 +205,45 @@ class GenerateConfig:
         if (self.prompts is None) == (self.prompt is None):
             raise ConfigError("generate needs either a file of prompts (--prompts) or one prompt (--prompt)")
         _require(self, {"num_envs": 1, "seed": 0})
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """The whole pipeline: demonstrations → policy → comparisons → reward model → reinforcement learning → evaluation.
+
+    A stage whose result is given as a file is left out: without `demonstrations` no fine-tuning, with `comparisons` no
+    labeler, with `reward_model` no reward model is learned. The sections `sft`, `prefer`, `reward`, `train` and
+    `evaluate` take the settings of the commands of these names, beside those that the pipeline gives them itself.
+    """
+
+    demonstrations: str | None = None  #: what to fine-tune on; none: the policy is taken as it is
+    policy: str | None = None  #: folder or hub name of the model to start from; none: a new small one
+    prompts: str | None = None  #: file of prompts; none: those of the demonstrations, or how their texts begin
+    opening_words: int = 4  #: words of a text that make a prompt of it, where there are no other prompts
+    eval_prompts: str | None = None  #: file of prompts to evaluate on; none: a share of the prompts is held out for it
+    eval_share: float = 0.1  #: that share, of the distinct prompts; at most 128 of them
+    comparisons: str | None = None  #: file of comparisons; none: a simulated labeler makes them
+    reward_model: str | None = None  #: what scores responses, instead of a reward model that is learned here
+    gold: str | None = None  #: the true reward that the simulated labeler knows; measured, never trained on
+    seed: int = 0  #: of everything
+    device: str = "cpu"  #: "cpu", "cuda", "cuda:1", "mps"
+    dtype: DType = "float32"  #: precision of the models' weights
+    num_envs: int = 32  #: responses written side by side
+    env: EnvConfig = field(default_factory=EnvConfig)  #: the token MDP
+    sft: dict[str, Any] = field(default_factory=dict)  #: settings of `rlhf-env sft`, e.g. fit.epochs
+    prefer: dict[str, Any] = field(default_factory=dict)  #: of `rlhf-env prefer`, e.g. comparisons, labeler.flip_rate
+    reward: dict[str, Any] = field(default_factory=dict)  #: of `rlhf-env reward`, e.g. fit.learning_rate
+    train: dict[str, Any] = field(default_factory=dict)  #: of `rlhf-env train`, e.g. agent, tokens, settings.epochs
+    evaluate: dict[str, Any] = field(default_factory=dict)  #: of `rlhf-env evaluate`, e.g. episodes, best_of
+
+    def __post_init__(self) -> None:
+        _require(self, {"opening_words": 1, "num_envs": 1, "seed": 0})
+        _require_share("eval_share", self.eval_share)
+
+
+def _require_share(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ConfigError(f"{name} must be a share between 0 and 1, it is {value}")
 
 
 def _require(config: Any, at_least: dict[str, int]) -> None:

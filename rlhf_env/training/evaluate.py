@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from rlhf_env.envs.binding import find_cores
 from rlhf_env.envs.rewards import scores_of
 from rlhf_env.envs.task import ScoreFn, TextTask
 from rlhf_env.errors import DataError
+from rlhf_env.functional import best_of_n, gae
+from rlhf_env.intervals import mean_interval, rate_interval
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.text.prompts import prompt_indices
-from rlhf_env.training.collect import collect
+from rlhf_env.training.collect import collect, teacher_forced_logp
 from rlhf_env.types import Policy, RewardModel, Rollout
 
-Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
+_SHOWN = 12  # responses of which every token's numbers are kept
+_MOST_NATS = 88.0  # exp of more is infinite in float32, and no file of records holds that
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Evaluation:
 
     metrics: dict[str, float]  # `name` and, where it is a mean, `name_low` and `name_high`, its 95 % interval
     samples: list[dict[str, Any]]  # one row per prompt: prompt, response, score, kl and the reference's response
+    tokens: list[dict[str, Any]]  # of the first prompts: every token's numbers, of "policy" and of "reference"
+    best_of: list[dict[str, float]] = field(default_factory=list)  # rows of `best_of_n_path`, where it was asked for
 
 
 def evaluate(
@@ -48,59 +52,98 @@ def evaluate(
     Metrics: `score`, `gold` (where a true reward is given), `kl` (nats per sequence to the reference), `length`,
     `eos_rate`, `distinct_1` and `distinct_2` (distinct share of token n-grams over all responses), `perplexity` of
     `text` per token, and `win_rate` against the reference by the score (ties count half), with 95 % intervals: normal
-    for means, Wilson for rates. The reference draws with the same random numbers, so equal policies give equal texts.
+    for means, Wilson for rates. What is measured of the reference's responses is called `reference_score` and so on.
+    The reference draws with the same random numbers, so equal policies give equal texts.
     """
     core = find_cores(envs)[0]
     task, beta = core.task, core.beta
     if prompts is None:
         prompts = [task.prompts[row] for row in prompt_indices(seed, 0, episodes, len(task.prompts))]
     own = collect(policy, envs, prompts, seed=seed, greedy=greedy, progress=progress)
-    metrics = {
-        **mean_interval("score", own.score.numpy(force=True)),
-        **mean_interval("length", own.lengths.numpy(force=True)),
-        **rate_interval("eos_rate", float(own.ended.sum()), len(own)),
-        "distinct_1": distinct_n(own, 1),
-        "distinct_2": distinct_n(own, 2),
-    }
-    samples = _rows(task, prompts, own)
-    if gold is not None:
-        true = scores_of(gold, list(prompts), [s["response"] for s in samples])
-        metrics |= mean_interval("gold", true)
-        for row, value in zip(samples, true.tolist(), strict=True):
-            row["gold"] = value
+    samples = _rows(task, prompts, own, gold)
+    metrics = _measured(own, samples)
+    shown = own[slice(0, _SHOWN)]
+    tokens = [
+        {"prompt": row["prompt"], "policy": numbers}
+        for row, numbers in zip(samples, token_rows(task, shown), strict=False)
+    ]
     if task.uses_reference:
         assert task.reference is not None
         if not greedy:  # the log-ratio of the most probable tokens is no estimate of the KL
             metrics |= mean_interval("kl", own.kl.numpy(force=True))
         theirs = collect(task.reference, envs, prompts, seed=seed, greedy=greedy, progress=progress)
-        metrics["reference_score"] = float(theirs.score.mean())
+        others = _rows(task, prompts, theirs, gold)
+        metrics |= {f"reference_{name}": value for name, value in _measured(theirs, others).items()}
         difference = (own.score - theirs.score).numpy(force=True)
         wins = float((difference > 0).sum() + 0.5 * (difference == 0).sum())
         metrics |= rate_interval("win_rate", wins, len(own))
-        for row, other, kl in zip(samples, _rows(task, prompts, theirs), own.kl.tolist(), strict=True):
-            row |= {"kl": kl, "reference_response": other["response"], "reference_score": other["score"]}
+        for row, other, kl in zip(samples, others, own.kl.tolist(), strict=True):
+            row |= {"kl": kl, **{f"reference_{name}": value for name, value in other.items() if name != "prompt"}}
+        shown = theirs[slice(0, _SHOWN)]
+        log_ratio = teacher_forced_logp(policy, shown) - shown.ref_logp
+        for row, other, numbers in zip(tokens, others, token_rows(task, shown, log_ratio), strict=False):
+            row["reference"] = {**numbers, "facts": _facts(other)}
+    for row, sample in zip(tokens, samples, strict=False):
+        row["policy"]["facts"] = _facts(sample)
     core.beta = beta  # an adaptive β does not learn from evaluation
     if text is not None:
         metrics["perplexity"] = perplexity(policy, task, text)
-    return Evaluation(metrics, samples)
+    return Evaluation(metrics, samples, tokens)
 
 
-def mean_interval(name: str, x: NDArray[Any]) -> dict[str, float]:
-    """Mean of independent values and its normal 95 % interval; no interval for a single value."""
-    x = np.asarray(x, dtype=np.float64)
-    mean = float(x.mean())
-    if len(x) < 2:
-        return {name: mean}
-    half = Z95 * float(x.std(ddof=1)) / math.sqrt(len(x))
-    return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
+def token_rows(task: TextTask, rollout: Rollout, log_ratio: Tensor | None = None) -> list[dict[str, Any]]:
+    """What every token of each response was worth: its text (`pieces`) and numbers, each a list over tokens.
+
+    `reward` as the agent receives it, `kl` = log π − log ref, `value` before the token, `advantage` = reward still to
+    come − value, `ratio` = π(token) / ref(token), whose logarithm is `kl` unless given, [B, T].
+    """
+    kl = rollout.logp - rollout.ref_logp
+    numbers = {
+        "reward": rollout.reward,
+        "kl": kl,
+        "value": rollout.values,
+        "advantage": gae(rollout.reward, rollout.values, rollout.response_mask, gamma=1.0, lam=1.0),
+        "ratio": (kl if log_ratio is None else log_ratio).clamp(max=_MOST_NATS).exp(),
+    }
+    return [
+        {
+            "pieces": task.codec.pieces(rollout.response_ids[row][mask].tolist()),
+            "numbers": {name: number[row][mask].tolist() for name, number in numbers.items()},
+        }
+        for row, mask in enumerate(rollout.response_mask)
+    ]
 
 
-def rate_interval(name: str, successes: float, n: int) -> dict[str, float]:
-    """Share of successes and its 95 % interval by Wilson (1927), which stays within [0, 1] and works at 0 and 1."""
-    rate, z2 = successes / n, Z95 * Z95
-    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return {name: rate, f"{name}_low": centre - half, f"{name}_high": centre + half}
+def best_of_n_path(scores: Tensor, gold: Tensor | None = None, *, most: int | None = None) -> list[dict[str, float]]:
+    """Best of n = 1, 2, 4, … by the score, from N draws of the reference per prompt; `scores` and `gold` [prompts, N].
+
+    Rows of `n`, `score`, `gold` (of the response whose score is best) with intervals over prompts, and `kl_bound` =
+    log n − (n − 1)/n, which the KL of best-of-n never exceeds (Beirami et al. 2024, arXiv 2401.01879).
+    """
+    rows, n = [], 1
+    while n <= (most or scores.shape[1]):
+        row = {"n": n, "kl_bound": math.log(n) - (n - 1) / n}
+        row |= mean_interval("score", best_of_n(scores, n).numpy())
+        if gold is not None:
+            row |= mean_interval("gold", best_of_n(scores, n, gold).numpy())
+        rows, n = [*rows, row], 2 * n
+    return rows
+
+
+def _facts(row: dict[str, Any]) -> dict[str, float]:
+    return {name: row[name] for name in ("score", "gold", "kl", "length") if name in row}
+
+
+def _measured(rollout: Rollout, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    gold = {} if "gold" not in rows[0] else mean_interval("gold", [row["gold"] for row in rows])
+    return {
+        **mean_interval("score", rollout.score.numpy(force=True)),
+        **gold,
+        **mean_interval("length", rollout.lengths.numpy(force=True)),
+        **rate_interval("eos_rate", float(rollout.ended.sum()), len(rollout)),
+        "distinct_1": distinct_n(rollout, 1),
+        "distinct_2": distinct_n(rollout, 2),
+    }
 
 
 def distinct_n(rollout: Rollout, n: int) -> float:
@@ -135,13 +178,26 @@ def perplexity(policy: Policy, task: TextTask, text: str) -> float:
     return math.exp(total / count)
 
 
-def _rows(task: TextTask, prompts: Sequence[str], rollout: Rollout) -> list[dict[str, Any]]:
-    before = [row[m].tolist() for row, m in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
-    responses = [row[m].tolist() for row, m in zip(rollout.response_ids, rollout.response_mask, strict=True)]
-    texts = task.codec.decode_responses(before, responses)
-    return [
+def response_texts(task: TextTask, rollout: Rollout) -> list[str]:
+    """The text of each response."""
+    prompts, responses = (
+        [row[mask].tolist() for row, mask in zip(ids, masks, strict=True)]
+        for ids, masks in ((rollout.prompt_ids, rollout.prompt_mask), (rollout.response_ids, rollout.response_mask))
+    )
+    return task.codec.decode_responses(prompts, responses)
+
+
+def _rows(
+    task: TextTask, prompts: Sequence[str], rollout: Rollout, gold: RewardModel | ScoreFn | None
+) -> list[dict[str, Any]]:
+    texts = response_texts(task, rollout)
+    rows = [
         {"prompt": prompt, "response": text, "score": score, "length": length}
         for prompt, text, score, length in zip(
             prompts, texts, rollout.score.tolist(), rollout.lengths.tolist(), strict=True
         )
     ]
+    if gold is not None:
+        for row, value in zip(rows, scores_of(gold, list(prompts), texts).tolist(), strict=True):
+            row["gold"] = value
+    return rows

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from rlhf_env.envs.rewards import scores_of
+from rlhf_env.envs.vector import TextGenerationVectorEnv
 from rlhf_env.errors import DataError
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.records.config import to_dict
@@ -16,9 +21,11 @@ from rlhf_env.reward_models.load import load_reward
 from rlhf_env.text.prompts import load_prompts
 from rlhf_env.training.assemble import load_reference, make_envs, parse_device
 from rlhf_env.training.collect import collect
-from rlhf_env.training.config import EvaluateConfig, GenerateConfig
-from rlhf_env.training.evaluate import Evaluation, evaluate
+from rlhf_env.training.config import EnvConfig, EvaluateConfig, GenerateConfig
+from rlhf_env.training.evaluate import Evaluation, best_of_n_path, evaluate, response_texts
 from rlhf_env.training.report import surroundings
+
+BEST_OF_SEED = 3_000_017  # added to the seed: best-of-n draws anew
 
 Progress = Callable[[int, int], None]  # how many more responses are finished, of how many in all
 
@@ -27,32 +34,51 @@ def run_evaluation(
     config: EvaluateConfig, out: str | Path | None = None, *, progress: Progress | None = None
 ) -> Evaluation:
     """Evaluate as `config` says and, where `out` is given, leave config, summary.json and samples.jsonl there."""
+    began = time.perf_counter()
     if out is not None:
         require_free(out)
     prompts, device = load_prompts(config.prompts), parse_device(config.device)
-    text = None if config.text is None else _read_text(config.text)
+    text = None if config.text is None else read_text(config.text)
     reward = load_reward(config.reward, device=device)
     gold = None if config.gold is None else load_reward(config.gold, device=device)
     policy = CausalLM.from_pretrained(config.policy, device=config.device, dtype=config.dtype)
     reference = load_reference(config)
     beta = 0.0 if reference is None else config.env.beta
     envs = make_envs(config.env, config.num_envs, prompts, config.prompts, policy, reward, reference, beta)
-    total = (config.episodes or len(prompts)) * (1 if reference is None else 2)
+    episodes = config.episodes or len(prompts)
+    total = episodes * (1 if reference is None else 2) + config.best_of * len(prompts)
+    tell = None if progress is None else lambda more: progress(more, total)
     found = evaluate(
         policy,
         envs,
         prompts if config.episodes is None else None,
-        episodes=config.episodes or len(prompts),
+        episodes=episodes,
         seed=config.seed,
         gold=gold,
         text=text,
         greedy=config.greedy,
-        progress=None if progress is None else lambda more: progress(more, total),
+        progress=tell,
     )
+    if config.best_of:
+        drawn = [prompt for prompt in prompts for _ in range(config.best_of)]
+        assert reference is not None
+        rollout = collect(reference, envs, drawn, seed=config.seed + BEST_OF_SEED, progress=tell)
+        scores = rollout.score.cpu().double().reshape(len(prompts), config.best_of)
+        true = None if gold is None else scores_of(gold, drawn, response_texts(envs.task, rollout))
+        path = best_of_n_path(scores, None if true is None else torch.from_numpy(true).reshape(scores.shape))
+        found = dataclasses.replace(found, best_of=path)
     if out is not None:
         run = Run.create(out, to_dict(config))
         run.write_samples(found.samples)
-        run.write_summary({**found.metrics, "episodes": len(found.samples), **surroundings(config.device)})
+        run.write_tokens(found.tokens)
+        best_of = {"best_of": found.best_of} if found.best_of else {}
+        facts = {
+            "episodes": len(found.samples),
+            "prompts": len({s["prompt"] for s in found.samples}),
+            "seconds": time.perf_counter() - began,
+        }
+        facts |= surroundings(config.device)
+        run.write_summary({**found.metrics, **best_of, **facts})
     return found
 
 
@@ -61,24 +87,30 @@ def generate(config: GenerateConfig, *, progress: Progress | None = None) -> lis
     parse_device(config.device)
     policy = CausalLM.from_pretrained(config.policy, device=config.device, dtype=config.dtype)
     prompts = [config.prompt] if config.prompt is not None else load_prompts(str(config.prompts))
-    envs = make_envs(config.env, config.num_envs, prompts, config.prompts or "--prompt", policy, _unscored, None, 0.0)
+    envs = unscored_envs(config.env, config.num_envs, prompts, config.prompts or "--prompt", policy)
     tell = None if progress is None else lambda more: progress(more, len(prompts))
     rollout = collect(policy, envs, prompts, seed=config.seed, greedy=config.greedy, progress=tell)
-    responses = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
-    texts = envs.task.codec.decode_responses(envs.task.prompt_ids, responses)
     return [
         {"prompt": prompt, "response": text, "length": length, "ended": ended}
         for prompt, text, length, ended in zip(
-            prompts, texts, rollout.lengths.tolist(), rollout.ended.tolist(), strict=True
+            prompts, response_texts(envs.task, rollout), rollout.lengths.tolist(), rollout.ended.tolist(), strict=True
         )
     ]
+
+
+def unscored_envs(
+    env: EnvConfig, num_envs: int, prompts: Sequence[str], file: str, policy: CausalLM
+) -> TextGenerationVectorEnv:
+    """An environment to sample responses from, with neither reward nor reference."""
+    return make_envs(env, num_envs, prompts, file, policy, _unscored, None, 0.0)
 
 
 def _unscored(prompts: list[str], responses: list[str]) -> np.ndarray:
     return np.zeros(len(responses))
 
 
-def _read_text(path: str) -> str:
+def read_text(path: str) -> str:
+    """The whole of a UTF-8 file; `DataError` says why it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:

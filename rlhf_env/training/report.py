@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rlhf_env.records.config import to_dict
+from rlhf_env.records.config import flat, to_dict
 from rlhf_env.records.safe_text import safe_text
 from rlhf_env.training.assemble import Parts
 from rlhf_env.training.config import TrainConfig
@@ -27,15 +27,18 @@ def summarize(
     rows: Sequence[Mapping[str, Any]],
     before: Mapping[str, float],
     after: Mapping[str, float],
+    beside: float,
 ) -> dict[str, Any]:
     """A run in one flat mapping: `score` and `gold` before and after, the rest as it is after, and what it cost.
+
+    `beside` are the seconds that were spent on other things than updates.
 
     The start's other metrics have names that end in `_before`. A mean's 95 % interval is beside it, `_low` to `_high`.
     """
     last = rows[-1]
     seconds = sum(row["seconds"] for row in rows)
     return {
-        **_tagged(before, "before"),
+        **_tagged({k: v for k, v in before.items() if not k.startswith("reference_")}, "before"),
         **_tagged({k: v for k, v in after.items() if _base(k) in ("score", "gold")}, "after"),
         **{k: v for k, v in after.items() if _base(k) not in ("score", "gold")},
         "agent": config.agent,
@@ -44,7 +47,7 @@ def summarize(
         "updates": last["update"],
         "episodes": last["episodes"],
         "tokens": last["tokens"],
-        "seconds": seconds,
+        "seconds": seconds + beside,
         "tokens_per_second": last["tokens"] / seconds,
         "beta": parts.envs.beta,
         "train_prompts": len(parts.envs.task.prompts),
@@ -82,7 +85,7 @@ def paired_samples(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[
 
 def command(config: TrainConfig, out: str) -> str:
     """The command line that repeats a run in another folder: every setting that is not the default."""
-    ours, default = _flat(to_dict(config)), _flat(to_dict(TrainConfig(policy="", prompts="", reward="")))
+    ours, default = flat(to_dict(config)), flat(to_dict(TrainConfig(policy="", prompts="", reward="")))
     words = [f"{key}={_word(key, value)}" for key, value in ours.items() if key not in default or default[key] != value]
     return f"rlhf-env train --out {shlex.quote(out)} " + " ".join(map(shlex.quote, words))
 
@@ -132,8 +135,7 @@ def interval(metrics: Mapping[str, Any], name: str) -> str:
     """A metric with its 95 % interval, as text; a dash where it was not measured."""
     if name not in metrics:
         return "–"
-    stem, _, when = name.rpartition("_")
-    low, high = (f"{stem}{b}_{when}" if when in ("before", "after") else f"{name}{b}" for b in _BOUNDS)
+    low, high = (f"{name}{bound}" for bound in _BOUNDS)
     bounds = f" [{decimal(metrics[low])}, {decimal(metrics[high])}]" if low in metrics else ""
     return f"{decimal(metrics[name])}{bounds}"
 
@@ -164,19 +166,12 @@ def plot_training(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any],
 
 
 def _tagged(metrics: Mapping[str, float], when: str) -> dict[str, float]:
-    """`score` and `score_low` become `score_before` and `score_low_before`."""
-    return {f"{name}_{when}": value for name, value in metrics.items()}
+    """`score` and `score_low` become `score_before` and `score_before_low`."""
+    return {f"{_base(name)}_{when}{name.removeprefix(_base(name))}": value for name, value in metrics.items()}
 
 
 def _base(name: str) -> str:
     return name.removesuffix("_low").removesuffix("_high")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _word(key: str, value: Any) -> str:

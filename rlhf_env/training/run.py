@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from rlhf_env.records.checkpoint import (
     save_checkpoint,
     unflatten_state,
 )
-from rlhf_env.records.config import build, read_layer, to_dict
+from rlhf_env.records.config import build, flat, read_layer, to_dict
 from rlhf_env.records.run import Run, require_free
 from rlhf_env.training.agents import agent_class, agent_config
 from rlhf_env.training.assemble import Parts, assemble
 from rlhf_env.training.config import TrainConfig
 from rlhf_env.training.evaluate import Evaluation, evaluate
 from rlhf_env.training.loop import Spent, train
+from rlhf_env.training.page import write_report
 from rlhf_env.training.report import paired_samples, plot_training, summarize, training_card
 from rlhf_env.types import Agent, Policy
 
@@ -42,7 +44,7 @@ def run_training(
     once it and, where one is due, its checkpoint are written. With `resume` the run in `out` continues from its newest
     complete checkpoint and becomes, bit for bit, the run that was never interrupted.
     """
-    config, out = dataclasses.replace(config, **config.budget), Path(out)
+    config, out, began = dataclasses.replace(config, **config.budget), Path(out), time.perf_counter()
     sb3 = config.agent.startswith("sb3:")
     if sb3 and resume:
         raise ConfigError(f"{config.agent} keeps its state to itself, so its runs cannot be resumed: start a new one")
@@ -63,15 +65,17 @@ def run_training(
 
     def finish_row(row: dict[str, Any], policy: Policy) -> dict[str, Any]:
         """What every agent's row gets: speed, and an evaluation where one is due."""
-        nonlocal tokens
+        nonlocal tokens, updating
+        updating += row["seconds"]
         written, tokens = row["tokens"] - tokens, row["tokens"]
         row["tokens_per_second"] = written / row["seconds"]
         if config.eval_every and row["update"] % config.eval_every == 0:
-            row |= {f"eval_{name}": value for name, value in measure(policy).metrics.items()}
+            measured = measure(policy).metrics
+            row |= {f"eval_{name}": value for name, value in measured.items() if not name.startswith("reference_")}
         run.log(row)
         return row
 
-    tokens = 0
+    tokens, updating = 0, 0.0
     before = measure(parts.policy)
     if sb3:
         model = make_sb3(config, parts.envs)
@@ -89,12 +93,15 @@ def run_training(
     after = measure(policy)
 
     _save_model(policy, out / "model")
-    summary = summarize(config, parts, run.metrics, before.metrics, after.metrics)
+    beside = time.perf_counter() - began - updating  # loading and evaluating; of an interrupted run, since it resumed
+    summary = summarize(config, parts, run.metrics, before.metrics, after.metrics, beside)
     samples = paired_samples(before.samples, after.samples)
     run.write_samples(samples)
-    run.write_summary(summary)
+    run.write_tokens(after.tokens)
     figure = plot_training(run.metrics, summary, run.plots / "training.png")
     run.write_card(training_card(config, summary, samples, figure=figure))
+    run.write_summary(summary)  # last: where it is, the run is finished
+    write_report(out)
     return run.summary
 
 
@@ -146,10 +153,15 @@ def _restore(config: TrainConfig, run: Run, agent: Agent, parts: Parts) -> Spent
     return spent
 
 
+def changed_settings(config: Any, out: Path) -> list[str]:
+    """The settings of `config`, by their dotted keys, in which it differs from what the run in `out` was begun with."""
+    then, now = flat(to_dict(build(type(config), read_layer(out / "config.yaml")))), flat(to_dict(config))
+    return [key for key in {**now, **then} if now.get(key) != then.get(key)]
+
+
 def _require_same(config: TrainConfig, out: Path) -> None:
     Run.open(out)
-    then, now = to_dict(build(TrainConfig, read_layer(out / "config.yaml"))), to_dict(config)
-    if changed := [key for key in now if now[key] != then[key]]:
+    if changed := changed_settings(config, out):
         raise ConfigError(
             f"{out} was begun with another {', '.join(changed)}: a run is resumed exactly as it was begun; to go on "
             f"differently, start a new run with --policy on a checkpoint's model folder"

@@ -80,7 +80,7 @@ def test_a_prompt_that_does_not_fit_is_named_with_its_file(config):
         (
             {"env": EnvConfig(chat_template="no.jinja")},
             ConfigError,
-            "env.chat_template must be auto, none or a Jinja file",
+            "chat_template must be auto, none or a Jinja file",
         ),
     ],
 )

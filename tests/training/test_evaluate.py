@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -10,24 +12,17 @@ import torch
 
 from rlhf_env.envs.beta import AdaptiveBeta
 from rlhf_env.envs.vector import TextGenerationVectorEnv
-from rlhf_env.errors import DataError
-from rlhf_env.training.evaluate import distinct_n, evaluate, mean_interval, perplexity, rate_interval
+from rlhf_env.errors import ConfigError, DataError
+from rlhf_env.records.config import build, read_layer
+from rlhf_env.records.jsonl import write_jsonl
+from rlhf_env.records.run import Run
+from rlhf_env.training.collect import collect
+from rlhf_env.training.config import EnvConfig, EvaluateConfig, GenerateConfig
+from rlhf_env.training.evaluate import best_of_n_path, distinct_n, evaluate, perplexity, token_rows
+from rlhf_env.training.inference import BEST_OF_SEED, generate, run_evaluation
 from rlhf_env.worlds.enumerable import EnumerableWorld
-from tests.builders import make_envs, make_rollout, random_model
-
-
-def test_mean_interval_by_hand():
-    # mean 3, sd √2.5 (n − 1 = 4), standard error √0.5
-    interval = mean_interval("x", np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
-    half = 1.959964 * math.sqrt(0.5)
-    assert interval == pytest.approx({"x": 3.0, "x_low": 3 - half, "x_high": 3 + half}, abs=1e-6)
-    assert mean_interval("x", np.array([2.0])) == {"x": 2.0}
-
-
-def test_wilson_interval_against_published_values():
-    # Newcombe 1998, table I: 81/263 and 0/20, method 3
-    assert rate_interval("r", 81, 263) == pytest.approx({"r": 81 / 263, "r_low": 0.2553, "r_high": 0.3662}, abs=5e-5)
-    assert rate_interval("r", 0, 20) == pytest.approx({"r": 0, "r_low": 0.0, "r_high": 0.1611}, abs=5e-5)
+from tests.builders import ALPHABET, PROMPTS, make_envs, make_rollout, random_model
+from tests.tiny_files import write_letter_files
 
 
 def test_distinct_n_by_hand():
@@ -93,4 +88,245 @@ def test_gold_sees_the_prompts_as_they_were_given():
         return np.zeros(len(prompts))
 
     evaluate(random_model(), make_envs(2), ["abc", "d"], gold=gold)
-    assert seen == ["abc", "d"]
+    assert seen == ["abc", "d"] * 2  # of the policy's responses, then of the reference's
+
+
+# --- the reference beside it -----------------------------------------------------------------------
+
+
+def test_what_is_said_of_the_reference_is_what_evaluating_it_says():
+    policy, reference = random_model(seed=1), random_model()
+    prompts = ["abc", "d", "efghab", "ca"] * 5
+    gold = lambda prompts, responses: [float(len(response)) for response in responses]  # noqa: E731
+    both = evaluate(policy, make_envs(4, reference=reference), prompts, gold=gold, seed=3)
+    alone = evaluate(reference, make_envs(4, reference=None, beta=0.0), prompts, gold=gold, seed=3)
+    theirs = {k.removeprefix("reference_"): v for k, v in both.metrics.items() if k.startswith("reference_")}
+    assert theirs == pytest.approx(alone.metrics)
+    assert {"score", "gold", "length", "eos_rate", "distinct_1", "distinct_2"} <= theirs.keys()
+    assert both.metrics["score"] != pytest.approx(theirs["score"])
+    for row, other in zip(both.samples, alone.samples, strict=True):
+        assert {k.removeprefix("reference_"): v for k, v in row.items() if k.startswith("reference_")} == pytest.approx(
+            {k: v for k, v in other.items() if k != "prompt"}
+        )
+        assert row["gold"] == len(row["response"]) and row["prompt"] == other["prompt"]
+    wins = [(r["score"] > r["reference_score"]) + 0.5 * (r["score"] == r["reference_score"]) for r in both.samples]
+    assert both.metrics["win_rate"] == pytest.approx(sum(wins) / 20)
+
+
+# --- every token's numbers -------------------------------------------------------------------------
+
+NAMES = [*ALPHABET, "<bos>", "<eos>", "<pad>"]
+
+
+@pytest.fixture(scope="module", params=["token", "terminal"])
+def measured(request):
+    """An evaluation of 16 responses by a policy with a critic, its rollouts, and whose token numbers it kept."""
+    policy, reference = random_model(seed=1), random_model()
+    with torch.no_grad():
+        policy.value_head.weight[0, :4] = 0.3  # not all of it: the hidden states of a layer norm have mean 0
+        reference.value_head.weight[0, 4:9] = -0.2
+    envs = make_envs(4, reference=reference, missing_eos_penalty=0.7, kl_placement=request.param)
+    prompts = ["abc", "d", "efghab", "ca"] * 4
+    found = evaluate(policy, envs, prompts, seed=5, gold=lambda prompts, responses: [1.0] * len(responses))
+    rollouts = {
+        "policy": collect(policy, envs, prompts, seed=5),
+        "reference": collect(reference, envs, prompts, seed=5),
+    }
+    return found, rollouts, {"policy": policy, "reference": reference}
+
+
+@pytest.mark.parametrize("who", ["policy", "reference"])
+def test_the_pieces_of_a_response_are_its_tokens_eos_included(measured, who):
+    found, rollouts, _ = measured
+    assert len(found.tokens) == 12  # the first ones
+    column = {"policy": "response", "reference": "reference_response"}[who]
+    ends = 0
+    for i, (row, sample) in enumerate(zip(found.tokens, found.samples, strict=False)):
+        ids = rollouts[who].response_ids[i][rollouts[who].response_mask[i]].tolist()
+        assert row["prompt"] == sample["prompt"]
+        assert row[who]["pieces"] == [NAMES[token] for token in ids]
+        assert "".join(piece for piece in row[who]["pieces"] if piece in ALPHABET) == sample[column]
+        assert all(len(numbers) == len(ids) for numbers in row[who]["numbers"].values())
+        ends += row[who]["pieces"][-1] == "<eos>"
+    assert 0 < ends < 12
+
+
+@pytest.mark.parametrize("who", ["policy", "reference"])
+def test_the_rewards_of_the_tokens_add_up_to_score_less_kl_and_penalty(measured, who):
+    found, rollouts, _ = measured
+    for row, sample in zip(found.tokens, found.samples, strict=False):
+        numbers, facts = row[who]["numbers"], row[who]["facts"]
+        score, kl = sample["score" if who == "policy" else "reference_score"], sum(numbers["kl"])
+        penalty = 0.0 if row[who]["pieces"][-1] == "<eos>" else 0.7
+        assert sum(numbers["reward"]) == pytest.approx(score - 0.3 * kl - penalty, abs=1e-5)
+        assert kl == pytest.approx(sample["kl"] if who == "policy" else 0.0, abs=1e-4)
+        expected = {"score": score, "gold": 1.0, "length": len(row[who]["pieces"])}
+        assert facts == expected | ({"kl": sample["kl"]} if who == "policy" else {})
+    assert len({len(row[who]["pieces"]) for row in found.tokens}) > 1
+
+
+@pytest.mark.parametrize("who", ["policy", "reference"])
+def test_the_ratio_is_how_much_likelier_the_policy_makes_a_token_than_the_reference(measured, who):
+    found, rollouts, models = measured
+    shown = rollouts[who][:12]
+    now, then = (models[name].evaluate(shown)[0].detach() for name in ("policy", "reference"))
+    for row, mask, difference in zip(found.tokens, shown.response_mask, now - then, strict=True):
+        assert row[who]["numbers"]["ratio"] == pytest.approx(difference[mask].exp().tolist(), rel=1e-4)
+        if who == "policy":
+            assert row[who]["numbers"]["ratio"] == pytest.approx(np.exp(row[who]["numbers"]["kl"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("who", ["policy", "reference"])
+def test_value_and_advantage_are_of_the_model_that_wrote_the_token(measured, who):
+    found, rollouts, models = measured
+    values = models[who].evaluate(rollouts[who][:12])[1].detach()
+    for row, mask, value in zip(found.tokens, rollouts[who].response_mask, values, strict=False):
+        numbers = row[who]["numbers"]
+        assert numbers["value"] == pytest.approx(value[mask].tolist(), abs=1e-4)
+        to_come = [sum(numbers["reward"][t:]) for t in range(len(numbers["reward"]))]
+        assert numbers["advantage"] == pytest.approx(np.subtract(to_come, numbers["value"]), abs=1e-4)
+    assert any(abs(v) > 0.1 for row in found.tokens for v in row[who]["numbers"]["value"])
+
+
+def test_for_equal_policies_every_ratio_is_one_and_every_kl_zero():
+    model = random_model()
+    found = evaluate(model, make_envs(4, reference=model), episodes=16)
+    for row in found.tokens:
+        for who in ("policy", "reference"):
+            assert row[who]["numbers"]["ratio"] == pytest.approx([1.0] * len(row[who]["pieces"]), abs=1e-4)
+            assert row[who]["numbers"]["kl"] == pytest.approx([0.0] * len(row[who]["pieces"]), abs=1e-4)
+        assert row["policy"]["pieces"] == row["reference"]["pieces"]
+
+
+def test_a_ratio_without_bounds_is_still_a_number_that_a_file_holds(tmp_path):
+    task = make_envs(1).task
+    rollout = make_rollout(random_model(), [[0]], [[1, 2]])
+    rollout = replace(rollout, ref_logp=torch.tensor([[-500.0, 0.0]]))
+    (row,) = token_rows(task, rollout)
+    assert row["numbers"]["kl"] == [500.0, 0.0] and row["numbers"]["ratio"][0] > 1e38
+    write_jsonl(tmp_path / "tokens.jsonl", [row])
+
+
+def test_without_a_reference_there_is_none_beside_the_policy():
+    found = evaluate(random_model(), make_envs(4, reference=None, beta=0.0), episodes=4)
+    assert not {"kl", "win_rate"} & found.metrics.keys()
+    assert not any(name.startswith("reference_") for name in [*found.metrics, *found.samples[0]])
+    assert [set(row) for row in found.tokens] == [{"prompt", "policy"}] * 4
+    assert found.best_of == []
+
+
+# --- best of n -------------------------------------------------------------------------------------
+
+
+def test_best_of_n_path_by_brute_force():
+    """Five draws for each of two prompts: the gold of the best by score, over all subsets of each size."""
+    scores = torch.tensor([[0.3, -1.0, 2.0, 0.5, 0.4], [5.0, 4.0, 3.0, 2.0, 1.0]], dtype=torch.float64)
+    gold = torch.tensor([[1.0, 9.0, -3.0, 2.0, 0.0], [0.0, 1.0, 5.0, 0.5, 7.0]], dtype=torch.float64)
+    rows = best_of_n_path(scores, gold)
+    assert [row["n"] for row in rows] == [1, 2, 4]
+    assert [row["n"] for row in best_of_n_path(scores, most=2)] == [1, 2]
+    for row in rows:
+        n, expected = int(row["n"]), {"score": [], "gold": []}
+        for s, g in zip(scores.tolist(), gold.tolist(), strict=True):
+            best = [max(subset, key=s.__getitem__) for subset in combinations(range(5), n)]
+            expected["score"].append(sum(s[i] for i in best) / math.comb(5, n))
+            expected["gold"].append(sum(g[i] for i in best) / math.comb(5, n))
+        for name, (first, second) in expected.items():
+            assert row[name] == pytest.approx((first + second) / 2)
+            half = 12.706205 * abs(first - second) / 2  # t of one degree of freedom · s / √2
+            assert (row[f"{name}_low"], row[f"{name}_high"]) == pytest.approx((row[name] - half, row[name] + half))
+    assert rows[0]["score"] == pytest.approx(float(scores.mean())) and rows[0]["gold"] == pytest.approx(2.25)
+    kl = [0.0, math.log(2) - 1 / 2, math.log(4) - 3 / 4]
+    assert [row["kl_bound"] for row in rows] == pytest.approx(kl)
+    assert not any("gold" in name for row in best_of_n_path(scores) for name in row)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> EvaluateConfig:
+    folder = write_letter_files(tmp_path_factory.mktemp("letters"))
+    random_model(seed=1).save_pretrained(folder / "trained")
+    return EvaluateConfig(
+        policy=str(folder / "trained"),
+        prompts=str(folder / "prompts.txt"),
+        reward="tests.builders:letter_score",
+        gold="tests.builders:letter_score",
+        reference=str(folder / "policy"),
+        episodes=6,
+        best_of=8,
+        env=EnvConfig(max_new_tokens=4),
+    )
+
+
+def test_an_evaluation_leaves_its_numbers_and_best_of_n_in_its_folder(config, tmp_path):
+    told = []
+    found = run_evaluation(config, tmp_path / "out", progress=lambda more, of: told.append((more, of)))
+    run = Run.open(tmp_path / "out")
+    assert build(EvaluateConfig, read_layer(run.path / "config.yaml")) == config
+    assert run.summary.items() >= found.metrics.items() and run.summary["best_of"] == found.best_of
+    assert (run.summary["episodes"], run.summary["prompts"]) == (6, 4)
+    assert (run.samples, run.tokens) == (found.samples, found.tokens)
+    assert [row["n"] for row in found.best_of] == [1, 2, 4, 8]
+    assert sum(more for more, _ in told) == 6 + 6 + 4 * 8 and {of for _, of in told} == {44}
+    best = found.best_of
+    assert [row["score"] for row in best] == sorted(row["score"] for row in best)
+    assert [row["gold"] for row in best] == pytest.approx([row["score"] for row in best])  # here gold is the score
+    assert best[0]["score"] != pytest.approx(found.metrics["reference_score"])  # drawn anew, four prompts of eight
+
+
+def test_best_of_n_is_of_the_references_draws_for_each_prompt(config):
+    reference, envs = random_model(), make_envs(3, reference=None, beta=0.0, max_new_tokens=4)
+    drawn = [prompt for prompt in PROMPTS for _ in range(8)]
+    scores = collect(reference, envs, drawn, seed=BEST_OF_SEED).score.reshape(4, 8)
+    best = run_evaluation(config).best_of
+    assert best[0]["score"] == pytest.approx(scores.mean().item(), abs=1e-5)
+    assert best[-1]["score"] == pytest.approx(scores.max(1).values.mean().item(), abs=1e-5)
+
+
+def test_the_seed_decides_and_the_number_of_environments_does_not(config):
+    one, same = run_evaluation(config), run_evaluation(replace(config, num_envs=3))
+    assert [row["response"] for row in one.samples] == [row["response"] for row in same.samples]
+    assert one.best_of == [pytest.approx(row) for row in same.best_of]
+    other = run_evaluation(replace(config, seed=1))
+    assert [row["response"] for row in one.samples] != [row["response"] for row in other.samples]
+    assert one.best_of != other.best_of
+
+
+def test_one_response_to_each_prompt_where_no_number_is_given(config):
+    found = run_evaluation(replace(config, episodes=None, best_of=0))
+    assert [row["prompt"] for row in found.samples] == list(PROMPTS) and found.best_of == []
+
+
+def test_greedy_evaluation_claims_no_kl(config):
+    found = run_evaluation(replace(config, greedy=True, seed=1, best_of=0))
+    assert "kl" not in found.metrics
+    again = run_evaluation(replace(config, greedy=True, seed=1, best_of=0, num_envs=2))
+    assert [row["response"] for row in found.samples] == [row["response"] for row in again.samples]
+
+
+def test_what_an_evaluation_lacks_is_said_and_leaves_no_folder(config, tmp_path):
+    with pytest.raises(ConfigError, match="give a reference, or best_of=0"):
+        replace(config, reference=None)
+    for change, message in (
+        ({"prompts": "no.txt"}, "No such file"),
+        ({"policy": "./none"}, "there is no folder"),
+        ({"text": "no-text.txt"}, "no-text.txt: No such file"),
+        ({"gold": "vadr"}, "Did you mean 'vader'"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=message):
+            run_evaluation(replace(config, **change), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- responses alone -------------------------------------------------------------------------------
+
+
+def test_generated_responses_are_those_of_the_evaluation_without_its_scores(config):
+    found = run_evaluation(replace(config, episodes=None, best_of=0))
+    written = generate(GenerateConfig(policy=config.policy, prompts=config.prompts, env=config.env))
+    assert [row["response"] for row in written] == [row["response"] for row in found.samples]
+    assert [row["length"] for row in written] == [row["length"] for row in found.samples]
+    for row in written:
+        assert set(row) == {"prompt", "response", "length", "ended"}
+        assert row["ended"] or row["length"] == 4
+    (one,) = generate(GenerateConfig(policy=config.policy, prompt=PROMPTS[0], env=config.env))
+    assert one == written[0]

@@ -1,0 +1,335 @@
+"""The whole pipeline: demonstrations → policy → comparisons → reward model → reinforcement learning → evaluation.
+
+Each stage is a run folder of its own whose model or file is the next one's input. A stage is finished once its
+summary.json is there, so a pipeline that was killed at any moment goes on with the stage it was in.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlhf_env.errors import ConfigError, DataError
+from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.preferences.comparisons import distinct, read_comparisons
+from rlhf_env.records.config import Layer, build, flat, read_layer, to_dict
+from rlhf_env.records.jsonl import read_jsonl, write_jsonl
+from rlhf_env.records.run import Run, require_free
+from rlhf_env.reward_models.bradley_terry import new_reward_model, usable
+from rlhf_env.reward_models.load import load_reward
+from rlhf_env.text.demonstrations import load_demonstrations
+from rlhf_env.text.prompts import load_prompts, openings
+from rlhf_env.training.agents import agent_class, agent_config
+from rlhf_env.training.assemble import parse_device, split_prompts
+from rlhf_env.training.config import (
+    EvaluateConfig,
+    FineTuneConfig,
+    PipelineConfig,
+    PreferConfig,
+    RewardConfig,
+    TrainConfig,
+)
+from rlhf_env.training.inference import read_text, run_evaluation, unscored_envs
+from rlhf_env.training.page import stage_result, write_report
+from rlhf_env.training.prefer import run_prefer
+from rlhf_env.training.report import interval, surroundings
+from rlhf_env.training.reward import run_reward
+from rlhf_env.training.run import changed_settings, run_training
+from rlhf_env.training.sft import prepare_sft, run_sft
+
+T = TypeVar("T")
+
+STAGES = ("sft", "prefer", "reward", "train", "evaluate")
+RESULTS = ("summary.json", "report.html", "README.md")
+
+#: Shows a stage: given its name and its config, a context whose value is told how the stage goes on.
+Watch = Callable[[str, Any], AbstractContextManager[Callable[..., None]]]
+
+EVALUATION_SEED = 1_000_003  # added to the seed: evaluation draws with other random numbers than training
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline: what it is told, and what does it."""
+
+    name: str
+    config: Any
+    run: Callable[[Path, Callable[..., None]], Any]
+    resumable: bool = False
+
+
+def run_pipeline(
+    config: PipelineConfig, out: str | Path, *, watch: Watch | None = None, until: str | None = None
+) -> dict[str, Any]:
+    """Run, or go on with, the pipeline in the folder `out`; returns what summary.json says.
+
+    All settings are checked and all files read before the first stage. A folder in which a pipeline was begun is
+    continued at its first unfinished stage, and becomes what it would have become without the interruption; settings
+    may differ from those it was begun with where no stage has used them yet. `until` names a stage to stop after,
+    whose summary is returned then.
+    """
+    out = Path(out)
+    prompts, eval_prompts = _prompts(config)
+    stages = plan(config, out)
+    names = [stage.name for stage in stages]
+    if until is not None and until not in names:
+        raise ConfigError(f"there is no stage {until!r} to stop after; this pipeline has {', '.join(names)}")
+    _check_inputs(config, stages, prompts, eval_prompts)
+    files = {
+        out / "prompts" / f"{name}.jsonl": [{"prompt": text} for text in texts]
+        for name, texts in (("train", prompts), ("eval", eval_prompts))
+    }
+    if (out / "config.yaml").is_file():
+        _require_same(out, stages, files)
+    else:
+        require_free(out)
+    if not all(Run(out / stage.name).finished for stage in stages):
+        for result in RESULTS:  # of the stages as they were
+            (out / result).unlink(missing_ok=True)
+    run = Run.create(out, to_dict(config), again=True)
+    (out / "prompts").mkdir(exist_ok=True)
+    for file, rows in files.items():
+        write_jsonl(file, rows)
+
+    for stage in stages:
+        folder = out / stage.name
+        if not Run(folder).finished:
+            if folder.exists() and not _begun(stage, folder):
+                shutil.rmtree(folder)  # the rest of an interrupted stage, which is made anew
+            with (watch or _unwatched)(stage.name, stage.config) as show:
+                stage.run(folder, show)
+        if stage.name == until and stage is not stages[-1]:
+            return Run(folder).summary
+    if not (out / "train" / "report.html").exists():  # a kill came between its summary and its report
+        write_report(out / "train")
+    summary = _summary(config, out, stages)
+    run.write_card(_card(config, out, summary))
+    run.write_summary(summary)
+    write_report(out)
+    return run.summary
+
+
+def plan(config: PipelineConfig, out: Path) -> list[Stage]:
+    """The stages of a pipeline in their order, each with the settings of its command."""
+    if config.policy is None and config.demonstrations is None:
+        raise ConfigError("the pipeline needs a policy, or demonstrations to fine-tune one on")
+    learned = config.reward_model is None
+    if learned and config.comparisons is None and config.gold is None:
+        raise ConfigError(
+            "the pipeline needs to know what is good: comparisons (a file), gold (the true reward of a simulated "
+            "labeler) or reward_model"
+        )
+    shared = {name: getattr(config, name) for name in ("seed", "device", "dtype", "num_envs")}
+    shared["env"] = to_dict(config.env)
+    reference = config.policy if config.demonstrations is None else str(out / "sft" / "model")
+    train_prompts, eval_prompts = (str(out / "prompts" / f"{name}.jsonl") for name in ("train", "eval"))
+    comparisons = config.comparisons or str(out / "prefer" / "comparisons.jsonl")
+    reward = config.reward_model or str(out / "reward" / "model")
+
+    def settings(cls: type[T], name: str, wiring: Mapping[str, Any], defaults: Mapping[str, Any] = {}) -> T:  # noqa: B006
+        given = getattr(config, name)
+        if wired := next((key for key in given if key in wiring), None):
+            own = "reward_model" if wired == "reward" else wired
+            instead = f"; the pipeline's setting for it is {own}" if hasattr(config, own) else ""
+            raise ConfigError(f"{name}.{wired} is what the pipeline connects its stages by: leave it out{instead}")
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        usual = {key: value for key, value in {**shared, **defaults}.items() if key in known}
+        layers = (Layer("the pipeline", usual), Layer("the pipeline", wiring), Layer("the pipeline's settings", given))
+        return build(cls, *layers, prefix=f"{name}.")
+
+    stages = []
+    if config.demonstrations is not None:
+        wiring = {"demonstrations": config.demonstrations, "policy": config.policy}
+        usual = {"chat_template": config.env.chat_template}
+        sft = settings(FineTuneConfig, "sft", wiring, usual)
+        stages.append(Stage("sft", sft, lambda out, show: run_sft(sft, out, on_step=show)))
+    if learned and config.comparisons is None:
+        prefer = settings(PreferConfig, "prefer", {"policy": reference, "prompts": train_prompts, "gold": config.gold})
+        stages.append(Stage("prefer", prefer, lambda out, show: run_prefer(prefer, out, progress=show)))
+    if learned:
+        wiring = {"comparisons": comparisons, "reference": reference, "prompts": train_prompts, "gold": config.gold}
+        learn = settings(RewardConfig, "reward", wiring, {"body": reference})
+        stages.append(Stage("reward", learn, lambda out, show: run_reward(learn, out, on_step=show)))
+    wiring = {"policy": reference, "reference": None, "prompts": train_prompts, "eval_prompts": eval_prompts}
+    train = settings(TrainConfig, "train", wiring | {"reward": reward, "gold": config.gold})
+    train = replace(train, **train.budget)
+    stages.append(
+        Stage(
+            "train",
+            train,
+            lambda out, show: run_training(train, out, resume=(out / "config.yaml").is_file(), on_update=show),
+            resumable=not train.agent.startswith("sb3:"),
+        )
+    )
+    wiring = {"policy": str(out / "train" / "model"), "reference": reference, "prompts": eval_prompts}
+    wiring |= {"reward": reward, "gold": config.gold}
+    usual = {"seed": config.seed + EVALUATION_SEED, "episodes": 512, "best_of": 16, "env": to_dict(train.env)}
+    final = settings(EvaluateConfig, "evaluate", wiring, usual)
+    stages.append(Stage("evaluate", final, lambda out, show: run_evaluation(final, out, progress=show)))
+    return stages
+
+
+def _prompts(config: PipelineConfig) -> tuple[list[str], list[str]]:
+    """Prompts to train on and to evaluate on."""
+    if config.prompts is not None:
+        prompts = load_prompts(config.prompts)
+    elif config.demonstrations is None:
+        raise ConfigError("the pipeline needs prompts, or demonstrations to take them from")
+    else:
+        demonstrations = load_demonstrations(config.demonstrations)
+        asked = list(dict.fromkeys(d.prompt for d in demonstrations if d.prompt))
+        prompts = asked or openings([d.response for d in demonstrations], config.opening_words)
+    if config.eval_prompts is not None:
+        return prompts, load_prompts(config.eval_prompts)
+    return split_prompts(prompts, config.seed, config.eval_share)
+
+
+def _check_inputs(
+    config: PipelineConfig, stages: Sequence[Stage], prompts: Sequence[str], eval_prompts: Sequence[str]
+) -> None:
+    """Meet every mistake in files and names before anything is learned."""
+    for stage in stages:
+        parse_device(stage.config.device)
+    if isinstance(sft := stages[0].config, FineTuneConfig):
+        policy, *_ = prepare_sft(sft, load_demonstrations(sft.demonstrations))
+    else:
+        assert config.policy is not None
+        policy = CausalLM.from_pretrained(config.policy, dtype=config.dtype)
+    file = str(config.prompts or config.demonstrations)
+    for env in dict.fromkeys(stage.config.env for stage in stages if hasattr(stage.config, "env")):
+        unscored_envs(env, 1, prompts, file, policy)  # whether the prompts are tokens of its, and fit its context
+        unscored_envs(env, 1, eval_prompts, config.eval_prompts or file, policy)
+    learn = next((stage.config for stage in stages if stage.name == "reward"), None)
+    if learn is not None:
+        comparisons = [] if config.comparisons is None else distinct(read_comparisons(config.comparisons))[0]
+        if config.comparisons is not None and len(comparisons) < 2:
+            raise DataError(f"{config.comparisons}: at least two comparisons of responses that differ are needed")
+        if learn.body is not None and (learn.body != learn.reference or config.demonstrations is None):
+            body = new_reward_model(learn.body, of=learn.of, max_length=learn.max_length)
+            if comparisons:
+                usable(body, comparisons)
+    for reward in filter(None, (config.gold, config.reward_model)):
+        load_reward(reward)
+    if (text := stages[-1].config.text) is not None:
+        read_text(text)
+    train: TrainConfig = next(stage.config for stage in stages if stage.name == "train")
+    policy.freeze_layers(train.freeze_layers)
+    if train.agent.startswith("sb3:"):
+        from rlhf_env.training.sb3 import sb3_class
+
+        sb3_class(train.agent, train.settings)
+    else:
+        agent_config(agent_class(train.agent), train.settings)
+
+
+def _begun(stage: Stage, folder: Path) -> bool:
+    """Whether a stage has come to something that shall not be made anew."""
+    return Run(folder).finished or (stage.resumable and (folder / "config.yaml").is_file())
+
+
+def _require_same(out: Path, stages: Sequence[Stage], files: Mapping[Path, list[dict[str, Any]]]) -> None:
+    """Refuse a folder that holds something else, and settings that contradict a stage which is there already."""
+    try:
+        build(PipelineConfig, read_layer(out / "config.yaml"))
+    except ConfigError as error:
+        raise ConfigError(f"{out} holds another run, not a pipeline: choose another folder ({error})") from error
+    there = [stage.name for stage in stages if _begun(stage, out / stage.name)]
+    if useless := [name for name in STAGES if (out / name).exists() and name not in {stage.name for stage in stages}]:
+        raise ConfigError(f"{out} holds {useless[0]}, which these settings leave out: choose another folder")
+    for i, stage in enumerate(stages):
+        later = [other.name for other in stages[i + 1 :] if other.name in there]
+        if stage.name not in there and later:
+            raise ConfigError(f"{out}: {later[0]} was made from another {stage.name}; to go on, {_delete(out, later)}")
+        if stage.name in there and (changed := _changed(stage, out)):
+            raise ConfigError(
+                f"{out}: {stage.name} was begun with another {', '.join(changed)}; choose another folder, or, to do it "
+                f"again, {_delete(out, [stage.name, *later])}"
+            )
+    for file, rows in files.items():
+        if there and file.is_file() and read_jsonl(file) != rows:
+            raise ConfigError(
+                f"{out}: {', '.join(there)} used other prompts than those of these settings: choose another folder"
+            )
+
+
+def _changed(stage: Stage, out: Path) -> list[str]:
+    """What differs in the settings of a stage that is there, but for where the pipeline's folder was then."""
+    now, then = flat(to_dict(stage.config)), flat(read_layer(out / stage.name / "config.yaml").values)
+    inside = {key for key, value in now.items() if isinstance(value, str) and value.startswith(f"{out}/")}
+    moved = {key for key in inside if str(then.get(key)).endswith(now[key].removeprefix(str(out)))}
+    return [key for key in changed_settings(stage.config, out / stage.name) if key not in moved]
+
+
+def _delete(out: Path, names: Sequence[str]) -> str:
+    return f"delete {' '.join(str(out / name) for name in names)}"
+
+
+@contextmanager
+def _unwatched(name: str, config: Any) -> Iterator[Callable[..., None]]:
+    yield lambda *args: None
+
+
+#: What the summary says, and where each stage calls it so; a metric's interval goes with it.
+_FROM_EVALUATION = {
+    "gold_before": "reference_gold",
+    "gold_after": "gold",
+    "proxy_before": "reference_score",
+    "proxy_after": "score",
+    "kl": "kl",
+    "win_rate": "win_rate",
+    "length_before": "reference_length",
+    "length_after": "length",
+    "eos_rate_before": "reference_eos_rate",
+    "eos_rate": "eos_rate",
+    "distinct_2_before": "reference_distinct_2",
+    "distinct_2": "distinct_2",
+}
+_FROM_REWARD = {
+    "reward_model_accuracy": "accuracy",
+    "reward_model_gold_accuracy": "gold_accuracy",
+    "label_agreement": "label_agreement",
+}
+
+
+def _summary(config: PipelineConfig, out: Path, stages: Sequence[Stage]) -> dict[str, Any]:
+    done = {stage.name: Run(out / stage.name).summary for stage in stages}
+    summary: dict[str, Any] = {}
+    for names, found in ((_FROM_EVALUATION, done["evaluate"]), (_FROM_REWARD, done.get("reward", {}))):
+        for name, source in names.items():
+            summary |= {f"{name}{end}": found[source + end] for end in ("", "_low", "_high") if source + end in found}
+    trained, seconds = done["train"], {name: stage["seconds"] for name, stage in done.items()}
+    return {
+        **summary,
+        **{name: trained[name] for name in ("agent", "beta", "updates", "episodes", "tokens", "tokens_per_second")},
+        "seed": config.seed,
+        "seconds": sum(seconds.values()),
+        "seconds_by_stage": seconds,
+        **surroundings(config.device),
+    }
+
+
+def _card(config: PipelineConfig, out: Path, summary: Mapping[str, Any]) -> str:
+    """The pipeline's README.md: what was done, how it did, and the command that does it again."""
+    pairs = [("gold", "gold_before", "gold_after"), ("score", "proxy_before", "proxy_after"), ("KL, nats", "", "kl")]
+    pairs += [("length, tokens", "length_before", "length_after"), ("EOS rate", "eos_rate_before", "eos_rate")]
+    table = [f"| {name} | {interval(summary, a)} | {interval(summary, b)} |" for name, a, b in pairs if b in summary]
+    stages = [
+        f"- `{name}/` ({seconds:,.0f} s): {stage_result(name, Run(out / name).summary)}"
+        for name, seconds in summary["seconds_by_stage"].items()
+    ]
+    paragraphs = [
+        "# An RLHF pipeline",
+        f"Seed {config.seed}, β = {summary['beta']:g}, {summary['seconds']:,.0f} seconds. `train/model/` is the "
+        "policy; `report.html` has curves and samples. Score is what was trained on, gold the true reward, with 95 % "
+        "intervals over responses.",
+        "\n".join(["| | before | after |", "|---|---|---|", *table]),
+        "\n".join(stages),
+        "The same again, bit for bit with the same versions and number of threads:",
+        "    rlhf-env pipeline config.yaml --out NEW_FOLDER",
+        ", ".join(f"{name} {number}" for name, number in summary["versions"].items()),
+    ]
+    return "\n\n".join(paragraphs) + "\n"
