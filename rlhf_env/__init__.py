@@ -60,5 +60,6 @@ def __dir__() -> list[str]:
 for _id, _module in {
     "rlhf_env/TextGeneration-v0": "rlhf_env.worlds.text_generation",
     "rlhf_env/Enumerable-v0": "rlhf_env.worlds.enumerable",
+    "rlhf_env/Reviews-v0": "rlhf_env.worlds.reviews",
 }.items():
     _gym.register(_id, entry_point=f"{_module}:make_env", vector_entry_point=f"{_module}:make_vector_env")

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load
 
 import rlhf_env
 
@@ -41,6 +42,24 @@ def test_wheel_holds_every_module_once_and_under_rlhf_env_only(wheel):
         sources += [Path("rlhf_env") / path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py")]
     assert packaged == sorted(path.as_posix() for path in sources)
     assert {name.partition("/")[0] for name in names} == {"rlhf_env", f"rlhf_env-{rlhf_env.__version__}.dist-info"}
+
+
+def test_wheel_carries_the_models_of_the_reviews(wheel):
+    """So that `gym.make("rlhf_env/Reviews-v0")` works at once; small enough to ship."""
+    archive = zipfile.ZipFile(wheel)
+    folder = "rlhf_env/worlds/assets/"
+    packaged = {i.filename: i.file_size for i in archive.infolist() if i.filename.startswith(folder)}
+    sources = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+    assert sorted(packaged) == sorted(path.relative_to(ROOT).as_posix() for path in sources)
+    for model in ("reference", "proxy"):
+        for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+            assert f"{folder}reviews/{model}/{file}" in packaged
+    assert sum(packaged.values()) <= 1_300_000
+    parameters = 0
+    for name in packaged:
+        if name.endswith(".safetensors"):
+            parameters += sum(tensor.numel() for tensor in load(archive.read(name)).values())
+    assert 0 < parameters <= 300_000
 
 
 def test_wheel_is_marked_as_typed_and_carries_licence_and_command(wheel):

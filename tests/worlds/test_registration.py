@@ -18,7 +18,7 @@ IDS = sorted(name for name in gym.registry if name.startswith("rlhf_env/"))
 
 
 def test_the_ids():
-    assert IDS == ["rlhf_env/Enumerable-v0", "rlhf_env/TextGeneration-v0"]
+    assert IDS == ["rlhf_env/Enumerable-v0", "rlhf_env/Reviews-v0", "rlhf_env/TextGeneration-v0"]
 
 
 @pytest.mark.parametrize("name", IDS)
