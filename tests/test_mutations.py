@@ -31,6 +31,14 @@ PPO = "tests/agents/test_ppo.py"
 SB3 = "tests/agents/test_sb3.py"
 CLASSIFIER = "tests/reward_models/test_classifier.py"
 EVALUATE = "tests/training/test_evaluate.py"
+BRADLEY_TERRY = "tests/reward_models/test_bradley_terry.py"
+SFT = "tests/models/test_sft.py"
+RUN_SFT = "tests/training/test_sft.py"
+LABELERS = "tests/preferences/test_labelers.py"
+COMPARISONS = "tests/preferences/test_comparisons.py"
+PREFER = "tests/training/test_prefer.py"
+PIPELINE = "tests/training/test_pipeline.py"
+PAGE = "tests/report/test_page.py"
 
 
 @dataclass(frozen=True)
@@ -506,16 +514,182 @@ MUTATIONS = [
     Mutation(
         "padding is attended to",
         "reward_models/classifier.py",
-        "[[1] * len(row) + [0] * (width - len(row)) for row in rows]",
-        "[[1] * width for row in rows]",
+        "mask = torch.zeros(len(rows), width",
+        "mask = torch.ones(len(rows), width",
         CLASSIFIER,
     ),
     Mutation(
         "scores in order of length",
         "reward_models/classifier.py",
-        "scores[chosen] =",
-        "scores[start : start + self.batch_size] =",
+        "known |= zip(batch,",
+        "known |= zip(list(dict.fromkeys(rows))[start : start + len(batch)],",
         CLASSIFIER,
+    ),
+    Mutation(
+        "padding is what the last token of a text is read from",
+        "reward_models/classifier.py",
+        "self._pad: int | None = config.pad_token_id\n",
+        "self._pad: int | None = config.pad_token_id\n        config.pad_token_id = 0\n",
+        CLASSIFIER,
+    ),
+    Mutation(
+        "the normaliser is forgotten when a reward model is loaded",
+        "reward_models/classifier.py",
+        'return getattr(self.model.config, "reward_std", 1.0)',
+        "return getattr(self, '_std', 1.0)",
+        CLASSIFIER,
+    ),
+    Mutation(
+        "the normaliser is not saved",
+        "reward_models/classifier.py",
+        "        self.model.save_pretrained(folder)\n",
+        "        self.model.config.update({'reward_mean': 0.0, 'reward_std': 1.0})\n"
+        "        self.model.save_pretrained(folder)\n",
+        CLASSIFIER,
+    ),
+    Mutation(
+        "the head of a reward model is left to chance",
+        "reward_models/bradley_terry.py",
+        "    _draw(seed, {",
+        "    dict({",
+        f"{BRADLEY_TERRY}::test_the_head_comes_from_the_seed_alone_and_disturbs_nobodys_random_numbers",
+    ),
+    Mutation(
+        "what is rejected is preferred",
+        "reward_models/bradley_terry.py",
+        "return logits[first] - logits[second],",
+        "return logits[second] - logits[first],",
+        BRADLEY_TERRY,
+    ),
+    # --- fine-tuning
+    Mutation(
+        "EOS is not learned",
+        "rlhf_env/models/sft.py",
+        "return EncodedDemonstration((*ids, eos), learned_from)",
+        "return EncodedDemonstration(tuple(ids), learned_from)",
+        SFT,
+    ),
+    Mutation(
+        "the prompt is learned",
+        "rlhf_env/models/sft.py",
+        "codec.encode_response(before, prompt, response), len(before)",
+        "codec.encode_response(before, prompt, response), 1",
+        SFT,
+    ),
+    Mutation(
+        "demonstrations are measured on that were learned from",
+        "rlhf_env/training/sft.py",
+        "return learned, held_out,",
+        "return rows, held_out,",
+        RUN_SFT,
+    ),
+    # --- comparisons
+    Mutation(
+        "labels are upside down",
+        "rlhf_env/preferences/labelers.py",
+        "np.unique(noisy if flipped else -noisy,",
+        "np.unique(-noisy if flipped else noisy,",
+        LABELERS,
+    ),
+    Mutation(
+        "nobody errs by a flip",
+        "rlhf_env/preferences/labelers.py",
+        "np.unique(noisy if flipped else -noisy,",
+        "np.unique(-noisy,",
+        LABELERS,
+    ),
+    Mutation(
+        "the noise of a labeler has no scale",
+        "rlhf_env/preferences/labelers.py",
+        "self.config.temperature * rng.gumbel(",
+        "bool(self.config.temperature) * rng.gumbel(",
+        LABELERS,
+    ),
+    Mutation(
+        "ranks are of the order of presentation",
+        "rlhf_env/training/prefer.py",
+        "answer[order.index(i)]",
+        "answer[i]",
+        PREFER,
+    ),
+    Mutation(
+        "prompts are on both sides of the split",
+        "rlhf_env/preferences/comparisons.py",
+        "groups = list(by_prompt.values()) if len(by_prompt) > 1 else",
+        "groups =",
+        COMPARISONS,
+    ),
+    Mutation(
+        "chosen and rejected are mixed up",
+        "rlhf_env/preferences/comparisons.py",
+        "return Comparison(prompt, (chosen, rejected), (0, 1))",
+        "return Comparison(prompt, (rejected, chosen), (0, 1))",
+        COMPARISONS,
+    ),
+    # --- the pipeline
+    Mutation(
+        "prompts to evaluate on are compared and trained on",
+        "rlhf_env/training/pipeline.py",
+        'for name, texts in (("train", prompts),',
+        'for name, texts in (("train", [*prompts, *eval_prompts]),',
+        f"{PIPELINE}::test_prompts_to_evaluate_on_are_met_in_no_stage_before",
+    ),
+    Mutation(
+        "the pipeline evaluates on prompts that it trained on",
+        "rlhf_env/training/pipeline.py",
+        '"reference": reference, "prompts": eval_prompts}',
+        '"reference": reference, "prompts": train_prompts}',
+        f"{PIPELINE}::test_each_stage_gets_what_the_one_before_it_left",
+    ),
+    Mutation(
+        "the policy is evaluated as it was before training",
+        "rlhf_env/training/pipeline.py",
+        '{"policy": str(out / "train" / "model"), "reference"',
+        '{"policy": reference, "reference"',
+        f"{PIPELINE}::test_each_stage_gets_what_the_one_before_it_left",
+    ),
+    Mutation(
+        "a stage that was interrupted counts as done",
+        "rlhf_env/training/pipeline.py",
+        "        if not Run(folder).finished:\n",
+        "        if not folder.exists():\n",
+        f"{PIPELINE}::test_interrupted_in_every_stage_it_becomes_the_pipeline_that_was_not",
+    ),
+    Mutation(
+        "a pipeline is continued with other settings than it was begun with",
+        "rlhf_env/training/pipeline.py",
+        "        _require_same(out, stages, files)\n",
+        "        pass\n",
+        f"{PIPELINE}::test_what_a_stage_was_done_with_cannot_change",
+    ),
+    Mutation(
+        "the mean over seeds has no interval",
+        "rlhf_env/cli/pipeline.py",
+        'interval(mean, "mean") for mean',
+        'interval(mean, "gold") if "gold" in mean else decimal(mean["mean"]) for mean',
+        "tests/cli/test_pipeline.py::test_a_table_of_seeds_has_means_with_students_t",
+    ),
+    # --- what is measured and shown
+    Mutation(
+        "best of n is chosen by gold",
+        "rlhf_env/training/evaluate.py",
+        "best_of_n(scores, n, gold)",
+        "best_of_n(gold, n)",
+        f"{EVALUATE}::test_best_of_n_path_by_brute_force",
+    ),
+    Mutation(
+        "tokens are shown without their KL",
+        "rlhf_env/training/evaluate.py",
+        "    kl = rollout.logp - rollout.ref_logp\n",
+        "    kl = torch.zeros_like(rollout.logp)\n",
+        EVALUATE,
+    ),
+    Mutation(
+        "the page believes a prompt to be HTML",
+        "rlhf_env/report/samples.py",
+        "{safe_html(sample.prompt)}",
+        "{sample.prompt}",
+        f"{PAGE}::test_hostile_text_stays_text_in_every_field",
     ),
 ]
 
