@@ -41,12 +41,15 @@ class Settings(SphinxDirective):
 
 
 class Flags(SphinxDirective):
-    """`.. flags:: COMMAND` prints what a command does, its flags, and the settings that have no flag."""
+    """`.. flags:: COMMAND [SUBCOMMAND]` prints what a command does, its flags, and the settings that have no flag."""
 
     required_arguments = 1
+    final_argument_whitespace = True
 
     def run(self) -> list[Any]:
-        command: Any = typer.main.get_command(commands).commands[self.arguments[0]]  # type: ignore[attr-defined]
+        command: Any = typer.main.get_command(commands)
+        for name in self.arguments[0].split():
+            command = command.commands[name]
         rows = [(p.opts[0] if p.opts[0].startswith("-") else p.metavar or p.name, p.help or "") for p in command.params]
         more = [line.strip().partition(": ") for line in (command.epilog or "").splitlines() if line.startswith("  ")]
         text = f"{command.help}\n\n" + (_table(("flag", "meaning"), rows) if rows else "")

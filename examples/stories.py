@@ -81,7 +81,7 @@ def main() -> None:
             s = read_json(out / "summary.json")
             path = [r for r in read_jsonl(out / "metrics.jsonl") if "eval_kl" in r]
             text = " ".join(f"({r['eval_kl']:.1f}, {r['eval_score']:.2f})" for r in path)
-            interval = f"{s['score_after']:.3f} [{s['score_low_after']:.3f}, {s['score_high_after']:.3f}]"
+            interval = f"{s['score_after']:.3f} [{s['score_after_low']:.3f}, {s['score_after_high']:.3f}]"
             print(
                 f"{agent:<8}{beta:>5}{rate:>8}{seed:>5}   {interval:<22}{s['kl']:>7.2f}  {s['distinct_2']:.3f}  {text}"
             )

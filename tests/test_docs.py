@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import sys
 import textwrap
 from importlib import import_module
@@ -10,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from rlhf_env.cli import main
-from tests.tiny_files import write_tiny_files
+from rlhf_env.errors import DataError
+from rlhf_env.preferences.comparisons import read_comparisons, write_comparisons
+from rlhf_env.records.jsonl import write_jsonl
+from rlhf_env.text.corpus import film_reviews, review_openings
+from rlhf_env.text.demonstrations import load_demonstrations
+from rlhf_env.types import Comparison
+from rlhf_env.worlds.reviews import ASSETS
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.rst"))
@@ -25,10 +32,19 @@ def blocks(page: Path, language: str) -> list[tuple[str | None, str]]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with what `make demo` would have left there, only smaller."""
-    (tmp_path / "runs/demo").mkdir(parents=True)
-    write_tiny_files(tmp_path / "runs/demo")
-    (tmp_path / "runs/demo/policy").rename(tmp_path / "runs/demo/reference")
+    """A working directory with what the pages use of what `make demo` leaves, and with files of one's own."""
+    demo, texts, openings = tmp_path / "runs/demo", film_reviews()[:200], review_openings()
+    for name, stage in (("reference", "sft"), ("proxy", "reward")):
+        shutil.copytree(ASSETS / name, demo / stage / "model")
+    (demo / "prompts").mkdir()
+    (demo / "prefer").mkdir()
+    write_jsonl(demo / "prompts/train.jsonl", [{"prompt": prompt} for prompt in openings[:-7]])
+    write_jsonl(demo / "prompts/eval.jsonl", [{"prompt": prompt} for prompt in openings[-7:]])
+    ends = [" ".join(["", *text.split()[3:]]) for text in texts]
+    judged = [Comparison(prompt, pair, (0, 1)) for prompt, *pair in zip(openings, ends, ends[100:], strict=False)]
+    write_comparisons(demo / "prefer/comparisons.jsonl", judged)
+    write_comparisons(tmp_path / "pairs.jsonl", judged)
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -51,7 +67,7 @@ def test_python_of_a_page_runs_from_top_to_bottom(page, folder):
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.stem)
 def test_commands_of_a_page_run(page, folder, monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for caption, code in blocks(page, "python"):
+    for caption, code in blocks(page, "python") + blocks(page, "yaml"):
         if caption:
             (folder / caption).write_text(code, encoding="utf-8")
     for words in commands(page):
@@ -71,3 +87,35 @@ def test_names_that_a_page_refers_to_exist(page):
     for target in names_in(page):  # one that resolves to nothing would be plain text, without a warning
         module, _, name = target.rpartition(".")
         assert hasattr(import_module(module), name), target
+
+
+def refused_rows(title: str) -> list[tuple[str, str]]:
+    """What a table of the data page says is refused, and with which message."""
+    page = (DOCS / "data.rst").read_text(encoding="utf-8")
+    table = page.partition(f".. list-table:: {title}\n")[2].partition(".. list-table::")[0]
+    rows = re.findall(r"^   \* - (.+)\n     - (.+)$", table, re.MULTILINE)
+    return [(row.strip("`"), message.strip("`")) for row, message in rows if row != "rows"]
+
+
+@pytest.mark.parametrize(
+    ("read", "file", "row", "message"),
+    [
+        pytest.param(read, file, *case, id=f"{title} {number}")
+        for title, read, file in (
+            ("demonstrations", load_demonstrations, "rows.jsonl"),
+            ("comparisons", read_comparisons, "rows.jsonl"),
+            ("texts", load_demonstrations, "rows.txt"),
+        )
+        for number, case in enumerate(refused_rows(title), start=1)
+    ],
+)
+def test_bad_rows_are_refused_as_the_data_page_says(read, file, row, message, tmp_path):
+    text = "" if row == "(an empty file)" else row.replace(" ⏎ ", "\n") + "\n"
+    (tmp_path / file).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / file)
+    assert str(caught.value).replace(str(tmp_path / file), "FILE") == f"FILE{message}"
+
+
+def test_the_data_page_has_bad_rows_of_each_kind():
+    assert [len(refused_rows(title)) > 1 for title in ("demonstrations", "comparisons", "texts")] == [True] * 3

@@ -1,10 +1,15 @@
 """Every example runs as it is typed, with a small budget, and learns what it says it learns."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+
+from rlhf_env.records.config import build, override_layer, read_layer, to_dict
+from rlhf_env.training.config import PipelineConfig
+from rlhf_env.training.pipeline import plan
 
 FOLDER = Path(__file__).parents[1] / "examples"
 
@@ -30,8 +35,9 @@ def test_every_example_is_run_by_a_test_here():
     assert [path.name for path in FOLDER.glob("*.py") if f'example("{path.name}"' not in here] == []
 
 
-def test_known_optimum_prints_both_agents_below_the_optimum(example):
-    lines = example("known_optimum.py", "--worlds", 0, "--updates", 4)
+def test_known_optimum_prints_both_agents_below_the_optimum(example, tmp_path):
+    lines = example("known_optimum.py", "--worlds", 0, "--updates", 4, "--plot", tmp_path / "optimum.png")
+    assert (tmp_path / "optimum.png").stat().st_size > 10_000
     (_, ours, gain, gold, kl, best_gold, best_kl), (_, theirs, *_) = lines[1:]
     assert (ours, theirs) == ("ppo", "sb3:PPO")
     assert 0 < percent(gain) < 1
@@ -80,3 +86,45 @@ def test_stories_leaves_a_run_for_each_agent(example, shared_data, tmp_path):
         "ppo 0.0 0.001 0",
     ]
     assert len(list(tmp_path.glob("*/summary.json"))) == 4
+
+
+@pytest.mark.slow
+def test_learned_proxy_prints_a_row_for_each_number_of_comparisons_and_for_gold(example, shared_data, tmp_path):
+    model = shared_data / "models" / "stories260k-llama"
+    small = ["--seeds", 0, "--tokens", 1000, "--sizes", 60, 30]
+    lines = example("learned_proxy.py", "--model", model, "--out", tmp_path, *small)
+    rows = [row for row in lines if row[:1] and row[0] in ("60", "30", "gold")]
+    assert [row[:2] for row in rows] == [["60", "0"], ["30", "0"], ["gold", "0"]]
+    assert len({row[4] for row in rows}) == 1  # gold before: the same reference, prompts and seed in every row
+    assert len(list(tmp_path.glob("*/report.html"))) == 3
+
+
+def planned(file: Path, *overrides: str) -> dict[str, dict]:
+    """The settings of every stage of the pipeline that a file describes, by the stage's name."""
+    config = build(PipelineConfig, read_layer(file), override_layer(overrides))
+    return {stage.name: to_dict(stage.config) for stage in plan(config, Path("out"))}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "stages"),
+    [
+        ("pipeline.yaml", [], ["sft", "reward", "train", "evaluate"]),
+        ("pipeline.yaml", ["comparisons=none", "gold=vader"], ["sft", "prefer", "reward", "train", "evaluate"]),
+        ("stories.yaml", ["policy=FOLDER"], ["prefer", "reward", "train", "evaluate"]),
+        ("sentences.yaml", ["demonstrations=texts.txt"], ["sft", "prefer", "reward", "train", "evaluate"]),
+    ],
+)
+def test_every_pipeline_plans_its_stages(name, overrides, stages):
+    assert list(planned(FOLDER / name, *overrides)) == stages
+
+
+def test_every_pipeline_is_planned_by_a_test_here():
+    here = Path(__file__).read_text(encoding="utf-8")
+    assert [path.name for path in FOLDER.glob("*.yaml") if f'("{path.name}"' not in here] == []
+
+
+def test_what_is_commented_out_in_the_pipeline_is_the_default(tmp_path):
+    text = (FOLDER / "pipeline.yaml").read_text(encoding="utf-8")
+    (tmp_path / "all.yaml").write_text(re.sub(r"^( *)#(?=\w)", r"\1", text, flags=re.MULTILINE), encoding="utf-8")
+    assert len(read_layer(tmp_path / "all.yaml").values) > len(read_layer(FOLDER / "pipeline.yaml").values)
+    assert planned(tmp_path / "all.yaml") == planned(FOLDER / "pipeline.yaml")
