@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,8 +113,7 @@ def metrics_table(columns: Mapping[str, Sequence[str]], title: str | None = None
         table.add_column(name, justify="left" if i == 0 else "right")
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*(Text(safe_text(cell)) for cell in cells))
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 120)
+    _console().print(table)
 
 
 def samples_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
@@ -127,7 +127,12 @@ def samples_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str])
             score = row.get(f"score_{key}")
             cells.append(Text(safe_text(row[key]) + ("" if score is None else f"  ({score:+.3f})")))
         table.add_row(*cells)
-    Console().print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """As wide as the terminal, or wide enough for most tables where there is none."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 
 
 def clock(seconds: float) -> str:
