@@ -46,10 +46,11 @@ def read_report(folder: str | Path) -> Report:
         *(_path(train, summary, best_of, name) for name in ("score", "gold")),
     ]
     facts = f"{summary['agent']}, β = {summary['beta']:g}, seed {summary['seed']}, {summary['tokens']:,} sampled tokens"
+    gold = "gold_before" in summary
     versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
     return Report(
         title=f"{'Pipeline' if is_pipeline else 'Training run'} {run.path.resolve().name}",
-        subtitle=f"{facts}; gold is the true reward, score is what was trained on",
+        subtitle=f"{facts}; score is what was trained on" + (", gold the true reward" if gold else ""),
         tables=tuple([_results(evaluate, summary), *([_stages(run.path, stages)] if is_pipeline else [])]),
         charts=tuple(chart for chart in charts if chart is not None),
         samples=tuple(_samples((evaluate or train).tokens)),
