@@ -351,26 +351,6 @@ def test_a_pipeline_leaves_a_card(straight):
     assert all(f"`{name}/`" in card for name in STAGES)
 
 
-def test_a_stage_is_not_made_anew_under_those_that_were_made_from_it(config, straight, tmp_path):
-    out = tmp_path / "copy"
-    shutil.copytree(straight.path, out)
-    shutil.rmtree(out / "prefer")
-    with pytest.raises(
-        ConfigError, match="reward was made from another prefer.* delete .*/reward .*/train .*/evaluate$"
-    ):
-        run_pipeline(config, out)
-    assert not (out / "prefer").exists()
-
-
-def test_a_folder_may_move_between_two_calls(config, straight, tmp_path):
-    shutil.copytree(straight.path, tmp_path / "elsewhere")
-    shutil.rmtree(tmp_path / "elsewhere" / "evaluate")
-    again = run_pipeline(config, tmp_path / "elsewhere")
-    assert {k: v for k, v in again.items() if not k.startswith("seconds")} == {
-        k: v for k, v in straight.summary.items() if not k.startswith("seconds")
-    }
-
-
 def test_results_of_stages_that_are_made_anew_do_not_stay(config, straight, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(straight.path, out)
