@@ -59,6 +59,19 @@ def gather_logp(log_probs: Tensor, tokens: Tensor) -> Tensor:
     return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
+def restrict(log_probs: Tensor, candidates: Tensor) -> Tensor:
+    """The distribution conditioned on being one of `candidates`: [..., V], int64 [..., K] → [..., V].
+
+    −1 names no token; all others have probability 0. Where there is no candidate at all, nothing is left out.
+    """
+    named = torch.zeros_like(log_probs[..., :1], dtype=torch.bool).expand(
+        *log_probs.shape[:-1], log_probs.shape[-1] + 1
+    )
+    named = named.scatter(-1, torch.where(candidates < 0, log_probs.shape[-1], candidates), True)[..., :-1]
+    kept = named | ~named.any(-1, keepdim=True)
+    return log_probs.masked_fill(~kept, -torch.inf).log_softmax(-1)
+
+
 def entropy(log_probs: Tensor) -> Tensor:
     """−Σ_v p_v log p_v in nats over the last axis: [..., V] → [...]; forbidden tokens (−∞) contribute 0."""
     return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)

@@ -28,6 +28,8 @@ class SamplingLaw:
     temperature: float = 1.0  #: logits are divided by it, in sampling and in every log-probability
     min_new_tokens: int = 0  #: EOS is forbidden before this many tokens were written
     banned_tokens: tuple[int, ...] = ()  #: never written
+    top_k: int = 0  #: only the reference's this many likeliest tokens may be written; 0: all
+    top_p: float = 1.0  #: only the reference's likeliest tokens that together reach this probability may be written
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
@@ -41,6 +43,10 @@ class SamplingLaw:
         if self.eos_token_id is not None and not 0 <= self.eos_token_id < self.vocab_size:
             raise ConfigError(f"EOS token {self.eos_token_id} is outside the vocabulary of {self.vocab_size}")
         early_eos = {self.eos_token_id} - {None} if self.min_new_tokens > 0 else set()
+        if not 0 <= self.top_k <= self.vocab_size:
+            raise ConfigError(f"top_k={self.top_k} must be 0 (all) to {self.vocab_size}, the size of the vocabulary")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1 (all), got {self.top_p}")
         if len({*self.banned_tokens} | early_eos) >= self.vocab_size:
             raise ConfigError("no token is left to write: every one is banned, or is EOS before min_new_tokens")
 
@@ -69,6 +75,39 @@ class SamplingLaw:
             allowed[position < self.min_new_tokens, self.eos_token_id] = False
         return allowed
 
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k or top-p leave out tokens, so that what may be written depends on the reference."""
+        return self.top_k > 0 or self.top_p < 1
+
+    def candidates(self, ref_log_probs: Tensor) -> Tensor:
+        """The tokens that top-k and top-p leave, likeliest first: int64 [..., K], −1 where there are fewer than K.
+
+        `ref_log_probs` [..., V] are the reference's under this law (`log_probs`). The reference decides for the policy
+        too: were each cut by its own probabilities, a token outside the reference's share would cost infinite KL, and
+        a policy could narrow its own share to pay none. Of equally likely tokens the first counts as likelier. Top-p
+        is measured within top-k.
+        """
+        ids = _likeliest(ref_log_probs, self.top_k) if self.top_k else torch.arange(self.vocab_size)
+        ids = ids.to(ref_log_probs.device).expand(*ref_log_probs.shape[:-1], -1)  # ascending
+        ordered, order = ref_log_probs.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+        kept = ordered > -torch.inf
+        if self.top_p < 1:  # not "below 1" otherwise: rounding takes the sum of likelier ones to 1 before the tail ends
+            probs = ordered.softmax(-1)
+            kept &= probs.cumsum(-1) - probs < self.top_p
+        kept[..., 0] = True
+        return torch.where(kept, ids.gather(-1, order), -1)
+
+
+def _likeliest(log_probs: Tensor, k: int) -> Tensor:
+    """The ids of the k largest, ascending; of equals the first: [..., V] → [..., k]."""
+    log_probs = log_probs.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    threshold = log_probs.topk(k, dim=-1).values[..., -1:]
+    above, equal = log_probs > threshold, log_probs == threshold
+    missing = k - above.sum(-1, keepdim=True)
+    kept = above | (equal & (equal.cumsum(-1) <= missing))
+    return kept.nonzero()[:, -1].reshape(*log_probs.shape[:-1], k)
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -91,6 +130,7 @@ class Rollout:
     beta: Tensor  # float [B], the KL coefficient each episode was charged with
     ended: Tensor  # bool  [B], True = stopped by EOS or a stop string, False = by the length limit
     law: SamplingLaw  # what the log-probabilities above are log-probabilities of
+    candidates: Tensor | None = None  # int64 [B, T, K], −1 = none: what could be written, where the law truncates
 
     def __post_init__(self) -> None:
         for name in ("prompt_ids", "response_ids"):
@@ -98,14 +138,49 @@ class Rollout:
                 raise ValueError(f"Rollout.{name} has shape {tuple(getattr(self, name).shape)}, expected [B, tokens]")
         (b, p), t = self.prompt_ids.shape, self.response_ids.shape[1]
         for field in dataclasses.fields(self):
-            if field.name == "law":
+            if field.name in ("law", "candidates"):
                 continue
             shape = (b, p) if field.name.startswith("prompt_") else (b, t) if field.name in _BY_TOKEN else (b,)
             if (actual := tuple(getattr(self, field.name).shape)) != shape:
                 raise ValueError(f"Rollout.{field.name} has shape {actual}, expected {shape}")
+        if (self.candidates is not None) != self.law.truncates:
+            raise ValueError("Rollout.candidates must be there where the law has top-k or top-p, and only there")
+        if self.candidates is not None and self.candidates.shape[:-1] != (b, t):
+            raise ValueError(f"Rollout.candidates has shape {tuple(self.candidates.shape)}, expected [{b}, {t}, K]")
         for name in ("prompt_mask", "response_mask", "ended"):
             if getattr(self, name).dtype != torch.bool:
                 raise ValueError(f"Rollout.{name} must be bool (True = counts), got {getattr(self, name).dtype}")
+
+    @classmethod
+    def of_tokens(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        law: SamplingLaw,
+    ) -> Rollout:
+        """Episodes of which only the token ids mean anything; every number is 0. For teacher-forced passes."""
+        b, p, t = len(prompts), max(map(len, prompts)), max(map(len, responses))
+        ids, mask = np.zeros((b, p + t), dtype=np.int64), np.zeros((b, p + t), dtype=np.bool_)
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            there = slice(p - len(prompt), p + len(response))
+            ids[row, there], mask[row, there] = [*prompt, *response], True
+        by_token, by_episode = torch.zeros(b, t), torch.zeros(b)
+        return cls(
+            prompt_ids=torch.from_numpy(ids[:, :p]),
+            prompt_mask=torch.from_numpy(mask[:, :p]),
+            response_ids=torch.from_numpy(ids[:, p:]),
+            response_mask=torch.from_numpy(mask[:, p:]),
+            logp=by_token,
+            ref_logp=by_token,
+            values=by_token,
+            reward=by_token,
+            score=by_episode,
+            penalty=by_episode,
+            beta=by_episode,
+            ended=torch.zeros(b, dtype=torch.bool),
+            law=law,
+            candidates=torch.full((b, t, 1), -1) if law.truncates else None,
+        )
 
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]
@@ -195,7 +270,23 @@ class RewardModel(Protocol):
     """Says how good whole responses are. Any callable of the same signature does too."""
 
     def score(self, prompts: list[str], responses: list[str]) -> NDArray[np.floating]:
-        """One finite number per response, [B]; it never depends on batch mates."""
+        """One finite number per response, [B]; it never depends on batch mates.
+
+        A mapping of names to such numbers is accepted too: the score is their sum, and each is reported by its name.
+        A model that shares the policy's vocabulary may also have `score_ids(prompt_ids, response_ids)`, which takes
+        lists of token ids and spares the text.
+        """
+        ...
+
+
+class ProcessRewardModel(Protocol):
+    """Says how good every token is. It may also have `score`, or be called, for what the whole response is worth."""
+
+    def score_tokens(self, prompts: list[str], responses: list[list[str]]) -> Sequence[Any]:
+        """One finite number per token of each response, [T_i] each; responses are the texts of their tokens so far.
+
+        A number may depend on the prompt and on the tokens up to its own, never on later ones or on batch mates.
+        """
         ...
 
 

@@ -32,6 +32,7 @@ from rlhf_env.functional import (
     masked_sum,
     masked_var,
     ppo_clip_loss,
+    restrict,
     token_rewards,
     whiten,
 )
@@ -103,6 +104,26 @@ def test_a_target_that_does_not_vary_has_nothing_to_explain(constant: float) -> 
 def test_gather_logp_takes_the_entry_of_the_token() -> None:
     table = f64([-1, -2, -3], [-4, -5, -6]).unsqueeze(0)
     assert gather_logp(table, torch.tensor([[2, 0]])).tolist() == [[-3, -4]]
+
+
+def test_restriction_shares_the_probability_of_the_candidates() -> None:
+    log_probs = f64([0.5, 0.25, 0.125, 0.125], [0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4], [1, 0, 0, 0]).log()
+    candidates = torch.tensor([[0, 2], [3, -1], [-1, -1], [0, 1]])
+    close(
+        restrict(log_probs, candidates).exp(), f64([0.8, 0, 0.2, 0], [0, 0, 0, 1], [0.1, 0.2, 0.3, 0.4], [1, 0, 0, 0])
+    )
+    close(restrict(log_probs[0], torch.tensor([2, 0, 2])).exp(), f64([0.8, 0, 0.2, 0])[0])
+    close(
+        restrict(log_probs.reshape(2, 2, 4), candidates.reshape(2, 2, 2)),
+        restrict(log_probs, candidates).reshape(2, 2, 4),
+    )
+
+
+def test_a_restriction_has_the_gradient_of_what_it_keeps() -> None:
+    logits = f64([1.0, 2.0, 3.0]).requires_grad_()
+    restrict(logits.log_softmax(-1), torch.tensor([[0, 2]]))[0, 0].backward()
+    p = math.exp(3) / (math.exp(1) + math.exp(3))
+    close(logits.grad, f64([p, 0, -p]))  # ∂ log p_0 / ∂ logits, of a softmax over tokens 0 and 2 alone
 
 
 def test_entropy_in_nats() -> None:

@@ -114,6 +114,11 @@ def test_allowed_by_hand() -> None:
         ({"banned_tokens": (0, 1), "min_new_tokens": 1}, "no token is left to write: .* EOS before min_new_tokens"),
         ({"eos_token_id": 3}, "EOS token 3 is outside the vocabulary of 3"),
         ({"eos_token_id": -1}, "EOS token -1 is outside the vocabulary of 3"),
+        ({"top_k": 4}, r"top_k=4 must be 0 \(all\) to 3, the size of the vocabulary"),
+        ({"top_k": -1}, "top_k=-1 must be 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
+        ({"top_p": 1.01}, "top_p must be above 0 and at most 1"),
+        ({"top_p": math.nan}, "top_p must be above 0"),
     ],
 )
 def test_impossible_laws_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -124,6 +129,86 @@ def test_impossible_laws_are_refused(settings: dict[str, Any], message: str) -> 
 
 def test_eos_may_be_all_that_is_left_once_it_is_allowed() -> None:
     assert probabilities(SamplingLaw(3, eos_token_id=2, banned_tokens=(0, 1)), [5, 5, 1]) == [0, 0, 1]
+
+
+# --- top-k and top-p --------------------------------------------------------------------------------
+
+HALVES = [0.125, 0.5, 0.0625, 0.25, 0.0625]  # exact in binary: tokens 1, 3, 0, then 2 and 4 alike
+
+
+def left_over(weights: list[float], **law: Any) -> list[int]:
+    log_probs = torch.tensor(weights, dtype=torch.float64).log().log_softmax(-1)
+    return SamplingLaw(len(weights), None, **law).candidates(log_probs).tolist()
+
+
+@pytest.mark.parametrize(
+    ("law", "tokens"),
+    [
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [1, 3, 0]),
+        ({"top_k": 4}, [1, 3, 0, 2]),  # of equals the first
+        ({"top_k": 5}, [1, 3, 0, 2, 4]),
+        ({"top_p": 0.1}, [1, -1, -1, -1, -1]),  # the likeliest always
+        ({"top_p": 0.5}, [1, -1, -1, -1, -1]),  # reached exactly
+        ({"top_p": 0.5001}, [1, 3, -1, -1, -1]),
+        ({"top_p": 0.75}, [1, 3, -1, -1, -1]),
+        ({"top_p": 0.876}, [1, 3, 0, 2, -1]),
+        ({"top_p": 0.9375}, [1, 3, 0, 2, -1]),
+        ({"top_p": 0.94}, [1, 3, 0, 2, 4]),
+        ({"top_k": 2, "top_p": 0.6}, [1, -1]),  # 0.5 of the 0.75 that top-k leaves are two thirds of it
+        ({"top_k": 2, "top_p": 0.7}, [1, 3]),
+        ({"top_k": 3, "top_p": 0.85}, [1, 3, -1]),  # 0.75 of 0.875 are 0.857
+        ({"top_k": 3, "top_p": 0.86}, [1, 3, 0]),
+    ],
+)
+def test_what_top_k_and_top_p_leave_by_hand(law: dict[str, Any], tokens: list[int]) -> None:
+    assert left_over(HALVES, **law) == tokens
+
+
+def test_of_equally_likely_tokens_the_first_counts_as_likelier() -> None:
+    assert left_over([1.0] * 5, top_k=3) == [0, 1, 2]
+    assert left_over([1.0, 2.0, 1.0, 2.0], top_k=3) == [1, 3, 0]
+    assert left_over([1.0] * 4, top_p=0.5) == [0, 1, -1, -1]
+
+
+def test_what_is_forbidden_is_no_candidate() -> None:
+    assert left_over([0.0, 2.0, 0.0, 1.0], top_k=4) == [1, 3, -1, -1]
+    assert left_over([0.0, 0.0, 0.0, 1.0], top_k=2, top_p=0.5) == [3, -1]
+    for n in range(1, 50):  # however the sum of their shares is rounded
+        assert left_over([1.0] * n + [0.0], top_k=n + 1) == [*range(n), -1]
+    law = SamplingLaw(4, eos_token_id=0, min_new_tokens=1, banned_tokens=(2,), top_k=3)
+    log_probs = law.log_probs(torch.tensor([8.0, 1.0, 9.0, 2.0]).log().expand(2, 4), torch.tensor([0, 1]))
+    assert law.candidates(log_probs).tolist() == [[3, 1, -1], [0, 3, 1]]
+
+
+def test_candidates_keep_the_batch_axes_and_need_no_batch() -> None:
+    law = SamplingLaw(5, None, top_k=2, top_p=0.9)
+    log_probs = torch.tensor(HALVES).log().expand(2, 3, 5)
+    assert law.candidates(log_probs).shape == (2, 3, 2)
+    assert law.candidates(log_probs).dtype == torch.int64
+    assert law.candidates(log_probs[0, 0]).tolist() == [1, 3]
+
+
+def test_without_top_k_and_top_p_nothing_is_left_out() -> None:
+    assert not SamplingLaw(5, None).truncates
+    assert SamplingLaw(5, None, top_k=5).truncates and SamplingLaw(5, None, top_p=0.99).truncates
+
+
+@given(
+    weights=st.lists(st.integers(0, 9), min_size=2, max_size=8).filter(any),
+    top_k=st.integers(0, 8),
+    top_p=st.floats(0.05, 1.0),
+)
+def test_candidates_are_the_shortest_likeliest_prefix(weights: list[int], top_k: int, top_p: float) -> None:
+    top_k = min(top_k, len(weights))
+    found = [token for token in left_over([float(w) for w in weights], top_k=top_k, top_p=top_p) if token >= 0]
+    order = sorted(range(len(weights)), key=lambda token: (-weights[token], token))[: top_k or None]
+    assert found == order[: len(found)] and weights[found[-1]] > 0
+    total = sum(weights[token] for token in order)
+    share = [sum(weights[token] for token in found[:n]) / total for n in range(len(found) + 1)]
+    assert share[-2] < top_p + 1e-9, "without the last the share was not reached"
+    rest = [token for token in order[len(found) :] if weights[token] > 0]
+    assert not rest or share[-1] >= top_p - 1e-9, "and with it, it is"
 
 
 # --- the rollout -----------------------------------------------------------------------------------
@@ -220,6 +305,29 @@ def test_ids_of_a_single_episode_need_a_batch_axis(name: str) -> None:
 def test_masks_are_bool(name: str) -> None:
     with pytest.raises(ValueError, match=rf"Rollout.{name} must be bool \(True = counts\), got torch.int64"):
         make_rollout(**{name: FIELDS[name].long()})
+
+
+def test_candidates_are_there_where_the_law_truncates_and_only_there() -> None:
+    law = SamplingLaw(10, 9, top_k=2)
+    with pytest.raises(ValueError, match="candidates must be there where the law has top-k or top-p, and only there"):
+        make_rollout(law=law)
+    with pytest.raises(ValueError, match="and only there"):
+        make_rollout(candidates=torch.zeros(3, 3, 2, dtype=torch.int64))
+    for shape in ((3, 2, 2), (2, 3, 2), (3, 3)):
+        with pytest.raises(ValueError, match=r"Rollout.candidates has shape .* expected \[3, 3, K\]"):
+            make_rollout(law=law, candidates=torch.zeros(shape, dtype=torch.int64))
+    rollout = make_rollout(law=law, candidates=torch.arange(18).reshape(3, 3, 2))
+    assert rollout[[2, 0]].candidates.tolist() == [[[12, 13], [14, 15], [16, 17]], [[0, 1], [2, 3], [4, 5]]]
+    assert rollout.to("meta").candidates.device.type == "meta"
+
+
+def test_a_rollout_of_tokens_pads_prompts_on_the_left_and_responses_on_the_right() -> None:
+    rollout = Rollout.of_tokens([[1, 2], [3]], [[4], [5, 6, 9]], LAW)
+    assert rollout.input_ids.tolist() == [[1, 2, 4, 0, 0], [0, 3, 5, 6, 9]]
+    assert rollout.attention_mask.int().tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]]
+    assert rollout.response_mask.int().tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert not rollout.logp.any() and rollout.candidates is None
+    assert Rollout.of_tokens([[1]], [[2]], SamplingLaw(10, 9, top_k=3)).candidates is not None
 
 
 def test_a_rollout_is_never_changed() -> None:

@@ -1,0 +1,123 @@
+"""Sampling responses to a list of prompts: finished rows make room for the next prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_env.errors import NonFiniteError
+from rlhf_env.functional import gather_logp, inverse_cdf_sample
+from rlhf_env.models.truncation import TruncatedDecoder
+from rlhf_env.types import Decoder, Policy, SamplingLaw
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sampled responses to a list of prompts, in the order of the prompts."""
+
+    response_ids: Tensor  # int64 [B, T], right-padded with 0
+    response_mask: Tensor  # bool [B, T]
+    logp: Tensor  # float [B, T] of each sampled token under the policy and the law
+    values: Tensor  # float [B, T] of the state before each token
+    ended: Tensor  # bool [B], True = by EOS or a stop string, False = by a limit
+    candidates: Tensor | None  # int64 [B, T, K], −1 = none: what could be written, where the law truncates
+
+
+@torch.no_grad()
+def sample_responses(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    law: SamplingLaw,
+    *,
+    max_new_tokens: int | Sequence[int],
+    seeds: Sequence[Sequence[int]],
+    num_rows: int = 32,
+    greedy: bool = False,
+    reference: Policy | None = None,
+    stop: Callable[[Sequence[int], list[int]], bool] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Samples:
+    """One response to each prompt, decoded `num_rows` at a time; a finished row is refilled with the next prompt.
+
+    All prompts are answered, so no response is favoured for being short. Response i depends only on its prompt and on
+    `seeds[i]` (any sequence of integers), not on `num_rows` or its neighbours. `max_new_tokens` is one number, or one
+    for each prompt. Where the law truncates, `reference` says what may be written. `stop(prompt, response)` may end a
+    response on the token ids so far, EOS and length aside; `progress` is told how many more are finished. Raises
+    `NonFiniteError` naming the prompt whose distribution broke.
+    """
+    total, limit = len(prompts), np.broadcast_to(np.asarray(max_new_tokens), len(prompts))
+    most = int(limit.max())
+    uniform = np.stack([np.random.default_rng(list(s)).random(most, dtype=np.float32) for s in seeds])  # [B, T]
+    ids = np.zeros((total, most), dtype=np.int64)
+    logp, values = (np.zeros((total, most)) for _ in range(2))
+    length, ended = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.bool_)
+
+    owner = np.arange(min(num_rows, total))  # [rows] the prompt that each row is answering
+    waiting = len(owner)
+    decoder: Decoder = policy.decoder(len(owner), law)
+    if law.truncates:
+        assert reference is not None, "top-k and top-p are judged by the reference"
+        decoder = TruncatedDecoder(decoder, reference.decoder(len(owner), law), law)
+        candidates = np.full(
+            (total, most, 1), -1
+        )  # as wide as the widest set so far: top-p alone rarely needs all of V
+    decoder.start(range(len(owner)), [prompts[i] for i in owner.tolist()])
+    while True:
+        log_probs, t = decoder.log_probs, length[owner]
+        if isinstance(decoder, TruncatedDecoder):
+            left = decoder.candidates[:, : int((decoder.candidates >= 0).sum(-1).max())].cpu().numpy()
+            if (more := left.shape[1] - candidates.shape[2]) > 0:
+                candidates = np.pad(candidates, ((0, 0), (0, 0), (0, more)), constant_values=-1)
+            candidates[owner, t, : left.shape[1]] = left
+        if greedy:
+            tokens = log_probs.argmax(-1)
+        else:
+            tokens = inverse_cdf_sample(log_probs, torch.as_tensor(uniform[owner, t], device=log_probs.device))
+        chosen = gather_logp(log_probs, tokens).cpu().numpy()
+        if not np.isfinite(chosen).all():
+            row = int(np.flatnonzero(~np.isfinite(chosen))[0])
+            raise NonFiniteError(
+                f"the {'policy or reference' if law.truncates else 'policy'}'s log-probabilities are not finite for "
+                f"prompt {owner[row]} at response token {t[row]}: its weights hold NaN or infinity, or its logits "
+                "overflow"
+            )
+        drawn = tokens.cpu().numpy()
+        ids[owner, t], logp[owner, t], values[owner, t] = drawn, chosen, decoder.values.cpu().numpy()
+        length[owner] += 1
+        ended[owner] = drawn == law.eos_token_id if law.eos_token_id is not None else False
+        if stop is not None:
+            for i in owner[~ended[owner]].tolist():
+                ended[i] = stop(prompts[i], ids[i, : length[i]].tolist())
+        done = ended[owner] | (length[owner] == limit[owner])
+
+        if progress is not None and done.any():
+            progress(int(done.sum()))
+        refill = np.flatnonzero(done)[: total - waiting]
+        going = np.flatnonzero(~done)
+        if len(going) + len(refill) == 0:
+            break
+        if len(going):
+            decoder.append(drawn[going], going.tolist())
+        if len(refill):
+            owner[refill] = np.arange(waiting, waiting + len(refill))
+            waiting += len(refill)
+            decoder.start(refill.tolist(), [prompts[i] for i in owner[refill].tolist()])
+        alive = np.sort(np.concatenate([going, refill]))
+        if len(alive) < len(owner):
+            decoder.keep(alive.tolist())
+            owner = owner[alive]
+
+    width = int(length.max())
+    dtype = decoder.log_probs.dtype
+    return Samples(
+        response_ids=torch.from_numpy(ids[:, :width]),
+        response_mask=torch.from_numpy(np.arange(width) < length[:, None]),
+        logp=torch.from_numpy(logp[:, :width]).to(dtype),
+        values=torch.from_numpy(values[:, :width]).to(dtype),
+        ended=torch.from_numpy(ended),
+        candidates=torch.from_numpy(candidates[:, :width]) if law.truncates else None,
+    )
