@@ -76,5 +76,6 @@ def test_version_is_the_same_everywhere():
 
 def test_every_package_folder_is_listed():
     folders = {path.parent.relative_to(ROOT) for path in ROOT.glob("rlhf_env/**/__init__.py")}
-    folders |= {Path("rlhf_env") / name for name in ("agents", "reward_models")}
+    for name in ("agents", "reward_models"):
+        folders |= {Path("rlhf_env") / path.parent.relative_to(ROOT) for path in (ROOT / name).rglob("__init__.py")}
     assert {".".join(folder.parts) for folder in folders} == set(PYPROJECT["tool"]["setuptools"]["packages"])

@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PretrainedC
 
 from rlhf_env.errors import ConfigError, TokenizerError
 from rlhf_env.functional import entropy, gather_logp
-from rlhf_env.models.decoding import CachedDecoder
+from rlhf_env.models.adapters import same_weights, without_adapters
+from rlhf_env.models.decoding import CachedDecoder, FullContextDecoder, keeps_only_keys_and_values
+from rlhf_env.models.reading import action_log_probs, response_log_probs
 from rlhf_env.text.codec import Codec
-from rlhf_env.types import Rollout, SamplingLaw
+from rlhf_env.types import Decoder, Rollout, SamplingLaw
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -50,6 +52,7 @@ class CausalLM(nn.Module):
             self.value_head.double()
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        self._attention_only = keeps_only_keys_and_values(model)
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.eval()
 
@@ -101,14 +104,34 @@ class CausalLM(nn.Module):
         return cls(model.to(device=device, dtype=parse_dtype(dtype)), tokenizer)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a Hugging Face folder (safetensors, tokenizer) with the value head beside it."""
-        self.model.save_pretrained(folder)  # type: ignore[operator]
+        """Write a Hugging Face folder (safetensors, tokenizer) with the value head beside it.
+
+        Adapters are merged into the weights that are written, so that any library can load them.
+        """
+        model: Any = without_adapters(self.model, merge=True) if self.has_adapters else self.model
+        model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         save_file({k: v.contiguous() for k, v in self.value_head.state_dict().items()}, Path(folder) / VALUE_HEAD_FILE)
 
     def frozen_copy(self) -> Self:
         """The same model as a reference: its own weights, which no optimizer can change."""
         return copy.deepcopy(self).requires_grad_(False)
+
+    def without_adapters(self) -> Self:
+        """The model that `add_lora` began with, as a reference that shares this policy's weights.
+
+        It costs no memory beside its own value head, and training the adapters does not change it. Move the policy to
+        its device first. Raises `ConfigError` where there are no adapters.
+        """
+        plain = type(self)(without_adapters(self.model), self.tokenizer)
+        plain.value_head.load_state_dict(self.value_head.state_dict())
+        plain.value_head.requires_grad_(False)
+        return plain
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether `add_lora` was called on this policy."""
+        return hasattr(self.model, "peft_config")
 
     def freeze_layers(self, k: int) -> Self:
         """Keep the embeddings and the first `k` blocks as they are."""
@@ -155,49 +178,108 @@ class CausalLM(nn.Module):
         `attention_mask` [B, L] may have padding on either side. Positions count real tokens, because a model with
         absolute positions scores a left-padded row wrongly otherwise (5 nats per token on GPT-2).
         """
+        if cache is None and self._left_padding_leaks:
+            return self._flush_left(input_ids, attention_mask, keep)
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        extra = {"logits_to_keep": keep} if self._keeps_last and keep else {}
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask.long(),
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            output_hidden_states=True,
-            return_dict=True,
-            **extra,
-        )
-        hidden = output.hidden_states[-1][:, -keep:]
-        values = self.value_head(hidden.to(self.dtype)).squeeze(-1)
-        return output.logits[:, -keep:], values
+        return self._run(input_ids, attention_mask.long(), position_ids, keep, cache)
 
     def response_log_probs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Teacher-forced log-probabilities [B, T, V] under `rollout.law`, and values [B, T], before each token."""
-        t = rollout.response_ids.shape[1]
-        logits, values = self(rollout.input_ids, rollout.attention_mask, keep=t + 1)
-        positions = torch.arange(t, device=logits.device).expand(len(rollout), t)
-        return rollout.law.log_probs(logits[:, :-1], positions), values[:, :-1]
+        return response_log_probs(self, rollout)
 
     def evaluate(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability, value and entropy at every response token, each [B, T], with gradient."""
         log_probs, values = self.response_log_probs(rollout)
         return gather_logp(log_probs, rollout.response_ids), values, entropy(log_probs)
 
-    def decoder(self, num_rows: int, law: SamplingLaw) -> CachedDecoder:
-        """A cached decoder of `num_rows` rows that grow and restart independently."""
+    def decoder(self, num_rows: int, law: SamplingLaw, backend: Literal["auto", "cached", "full"] = "auto") -> Decoder:
+        """A decoder of `num_rows` rows that grow and restart independently.
+
+        "cached" keeps keys and values, and raises `ConfigError` where the model has something else to keep; "full"
+        reads the whole context at every step; "auto" is the first that works.
+        """
+        if backend not in ("auto", "cached", "full"):
+            raise ConfigError(f"backend must be 'auto', 'cached' or 'full', got {backend!r}")
+        if backend == "cached" and not self._attention_only:
+            raise ConfigError(
+                f"{type(self.model).__name__} keeps something else than keys and values between tokens, so its rows "
+                "cannot restart on their own: decode it with backend='full', which 'auto' does"
+            )
+        if backend == "cached" and self._padding_is_nan:
+            raise ConfigError(
+                "eager attention in float64 turns padding into NaN, which would stay in the cache: load the model with "
+                "attention='sdpa', or decode with backend='full', as 'auto' does"
+            )
+        if backend == "full" or self._left_padding_leaks:
+            return FullContextDecoder(self, num_rows, law)
         return CachedDecoder(self, num_rows, law)
 
     @torch.no_grad()
     def action_log_probs(
         self, observation: Mapping[str, NDArray[Any]], actions: NDArray[np.int64], law: SamplingLaw
     ) -> NDArray[np.floating]:
-        """log π of `actions` [N] in the environment's observations (arrays [N, L]), as `bind_policy` wants them."""
-        tensors = {k: torch.as_tensor(np.asarray(v), device=self.device) for k, v in observation.items()}
-        ids, mask = left_padded(tensors["input_ids"], tensors["attention_mask"].bool())
-        logits, _ = self(ids, mask, keep=1)
-        log_probs = law.log_probs(logits[:, -1], tensors["response_mask"].sum(1))
-        return gather_logp(log_probs, torch.as_tensor(actions, device=self.device)).cpu().numpy()
+        """log π of `actions` [N] in the environment's observations (arrays [N, L]), as `bind_policy` wants them.
+
+        Raises `ConfigError` where something between the environment and here has changed the observations.
+        """
+        rows = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        return action_log_probs(self, observation, actions, law, rows)
+
+    @property
+    def _left_padding_leaks(self) -> bool:
+        """Whether padding before the first token would be seen: in a recurrent state, or as NaN."""
+        return not self._attention_only or self._padding_is_nan
+
+    @property
+    def _padding_is_nan(self) -> bool:
+        # Eager attention masks with the lowest float64, which is −∞ in the float32 that most families take the softmax
+        # in: a column of padding, which may look at nothing, becomes NaN and reaches every later token.
+        config: Any = self.model.config
+        return self.dtype == torch.float64 and config._attn_implementation == "eager"
+
+    def _flush_left(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """`forward` with every row moved to the left, so that all padding comes after it, where no token looks."""
+        length = input_ids.shape[1]
+        column = torch.arange(length, device=input_ids.device)
+        before = attention_mask.to(torch.uint8).argmax(1, keepdim=True)  # [B, 1] columns of padding on the left
+        order = (column + before) % length
+        positions = (attention_mask.gather(1, order).long().cumsum(-1) - 1).clamp(min=0)
+        columns, place = ((column[-keep:] - before) % length).unique(return_inverse=True)  # place [B, keep]
+        # What no token looks at may as well look at them: a column that may look at nothing is NaN.
+        everything = torch.ones_like(order)
+        logits, values = self._run(input_ids.gather(1, order), everything, positions, columns)
+        row = torch.arange(len(place), device=place.device).unsqueeze(1)
+        return logits[row, place], values[row, place]
+
+    def _run(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, columns: int | Tensor, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and values of the last `columns` (0: all), or of these column numbers."""
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            output_hidden_states=True,
+            return_dict=True,
+            **({"logits_to_keep": columns} if self._keeps_last else {}),
+        )
+        kept = columns if isinstance(columns, Tensor) else slice(-columns, None)
+        values = self.value_head(output.hidden_states[-1][:, kept].to(self.dtype)).squeeze(-1)
+        return output.logits if self._keeps_last else output.logits[:, kept], values
+
+    def __getstate__(self) -> dict[str, Any]:
+        # At its first forward, Transformers hangs local functions into a model, which nothing can pickle. A model
+        # without them gets them at its own first forward.
+        model = same_weights(self.model)
+        for module in model.modules():
+            vars(module).pop("_output_capturing_hooks_installed", None)
+            for number, hook in list(module._forward_hooks.items()):
+                if hook.__module__ == "transformers.utils.output_capturing":
+                    del module._forward_hooks[number]
+        return {**vars(self), "_modules": {**self._modules, "model": model}}
 
     def _blocks(self) -> Sequence[nn.Module]:
         count = self.model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
@@ -205,13 +287,6 @@ class CausalLM(nn.Module):
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return list(module)
         raise ConfigError(f"cannot find the {count} layers of {type(self.model).__name__}")
-
-
-def left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the padding of right-padded rows [B, L] to the left, and drop columns that no row uses."""
-    width = int(mask.sum(1).max())
-    columns = torch.arange(width, device=ids.device) - (width - mask.sum(1, keepdim=True))  # [B, width], < 0: padding
-    return ids.gather(1, columns.clamp(min=0)), columns >= 0
 
 
 def parse_dtype(name: str) -> torch.dtype:

@@ -1,22 +1,19 @@
-"""Sampling responses: cached decoding in rows that finish and restart on their own."""
+"""Next-token distributions in rows that grow, finish and restart on their own: with a key-value cache, or without."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rlhf_env.errors import ConfigError, NonFiniteError
-from rlhf_env.functional import gather_logp, inverse_cdf_sample
-from rlhf_env.types import Policy, SamplingLaw
+from rlhf_env.types import SamplingLaw
 
 
 class _Model(Protocol):
@@ -44,13 +41,26 @@ class _Layer(Protocol):
     values: Tensor
 
 
+def keeps_only_keys_and_values(model: nn.Module) -> bool:
+    """Whether all that a Hugging Face model remembers of earlier tokens is one key and value per token and layer."""
+    if getattr(model, "_is_stateful", False):
+        return False
+    layers = DynamicCache(config=model.config).layers  # type: ignore[arg-type]
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
 def _layers(cache: Cache) -> list[_Layer]:
-    if not cache.layers or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-        raise ConfigError(
-            "this model keeps something else than keys and values between tokens, so its rows cannot restart on their "
-            "own: only attention models can be decoded"
-        )
     return cast("list[_Layer]", cache.layers)
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of ids [B, L] that all end in the last column, and which of them are tokens, bool [B, L]."""
+    width = max(map(len, prompts))
+    ids, mask = (torch.zeros(len(prompts), width, dtype=d) for d in (torch.int64, torch.bool))
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :] = torch.as_tensor(prompt)
+        mask[i, width - len(prompt) :] = True
+    return ids.to(device), mask.to(device)
 
 
 class CachedDecoder:
@@ -72,13 +82,7 @@ class CachedDecoder:
     @torch.no_grad()
     def start(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Begin new sequences in `rows`; their next-token distributions are there at once."""
-        width = max(map(len, prompts))
-        ids, mask = (
-            torch.zeros(len(prompts), width, dtype=d, device=self.model.device) for d in (torch.int64, torch.bool)
-        )
-        for i, prompt in enumerate(prompts):
-            ids[i, width - len(prompt) :] = torch.as_tensor(prompt)
-            mask[i, width - len(prompt) :] = True
+        ids, mask = _left_padded(prompts, self.model.device)
         prefilled = DynamicCache()
         logits, values = self.model(ids, mask, keep=1, cache=prefilled)
         self._write(rows, prefilled, mask)
@@ -113,7 +117,8 @@ class CachedDecoder:
         self._trim()
 
     def _read(self, index: Tensor, logits: Tensor, values: Tensor) -> None:
-        self.log_probs[index] = self.law.log_probs(logits[:, -1], self.written[index])
+        log_probs = self.law.log_probs(logits[:, -1], self.written[index])
+        self.log_probs[index] = log_probs.to(self.log_probs.dtype)  # some families give float32 whatever their weights
         self.values[index] = values[:, -1]
 
     def _write(self, rows: Sequence[int], prefilled: DynamicCache, mask: Tensor) -> None:
@@ -143,7 +148,7 @@ class CachedDecoder:
 
 
 class FullContextDecoder:
-    """The same without a cache: every step runs the whole context. Slower; the oracle for the cached one."""
+    """The same without a cache: every step runs the whole contexts, for models that keep no keys and values."""
 
     def __init__(self, model: _Model, num_rows: int, law: SamplingLaw) -> None:
         self.model, self.law = model, law
@@ -173,101 +178,9 @@ class FullContextDecoder:
 
     @torch.no_grad()
     def _read(self, rows: Sequence[int]) -> None:
-        for row in rows:
-            ids = torch.tensor([self.contexts[row]], device=self.model.device)
-            logits, values = self.model(ids, torch.ones_like(ids, dtype=torch.bool), keep=1)
-            self.log_probs[row] = self.law.log_probs(logits[0, -1], self.written[row])
-            self.values[row] = values[0, -1]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Sampled responses to a list of prompts, in the order of the prompts."""
-
-    response_ids: Tensor  # int64 [B, T], right-padded with 0
-    response_mask: Tensor  # bool [B, T]
-    logp: Tensor  # float [B, T] of each sampled token under the policy and the law
-    values: Tensor  # float [B, T] of the state before each token
-    ended: Tensor  # bool [B], True = by EOS or a stop string, False = by the length limit
-
-
-@torch.no_grad()
-def sample_responses(
-    policy: Policy,
-    prompts: Sequence[Sequence[int]],
-    law: SamplingLaw,
-    *,
-    max_new_tokens: int,
-    seeds: Sequence[Sequence[int]],
-    num_rows: int = 32,
-    greedy: bool = False,
-    stop: Callable[[Sequence[int], list[int]], bool] | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Samples:
-    """One response to each prompt, decoded `num_rows` at a time; a finished row is refilled with the next prompt.
-
-    All prompts are answered, so no response is favoured for being short. Response i depends only on its prompt and on
-    `seeds[i]` (any sequence of integers), not on `num_rows` or its neighbours. `stop(prompt, response)` may end a
-    response on the token ids so far, EOS and length aside; `progress` is told how many more are finished. Raises
-    `NonFiniteError` naming the prompt whose distribution broke.
-    """
-    total = len(prompts)
-    uniform = np.stack(
-        [np.random.default_rng(list(s)).random(max_new_tokens, dtype=np.float32) for s in seeds]
-    )  # [B, T]
-    ids = np.zeros((total, max_new_tokens), dtype=np.int64)
-    logp, values = (np.zeros((total, max_new_tokens)) for _ in range(2))
-    length, ended = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.bool_)
-
-    owner = np.arange(min(num_rows, total))  # [rows] the prompt that each row is answering
-    waiting = len(owner)
-    decoder = policy.decoder(len(owner), law)
-    decoder.start(range(len(owner)), [prompts[i] for i in owner.tolist()])
-    while True:
-        log_probs, t = decoder.log_probs, length[owner]
-        if greedy:
-            tokens = log_probs.argmax(-1)
-        else:
-            tokens = inverse_cdf_sample(log_probs, torch.as_tensor(uniform[owner, t], device=log_probs.device))
-        chosen = gather_logp(log_probs, tokens).cpu().numpy()
-        if not np.isfinite(chosen).all():
-            row = int(np.flatnonzero(~np.isfinite(chosen))[0])
-            raise NonFiniteError(
-                f"the policy's log-probabilities are not finite for prompt {owner[row]} at response token {t[row]}: "
-                "its weights hold NaN or infinity, or its logits overflow"
-            )
-        drawn = tokens.cpu().numpy()
-        ids[owner, t], logp[owner, t], values[owner, t] = drawn, chosen, decoder.values.cpu().numpy()
-        length[owner] += 1
-        ended[owner] = drawn == law.eos_token_id if law.eos_token_id is not None else False
-        if stop is not None:
-            for i in owner[~ended[owner]].tolist():
-                ended[i] = stop(prompts[i], ids[i, : length[i]].tolist())
-        done = ended[owner] | (length[owner] == max_new_tokens)
-
-        if progress is not None and done.any():
-            progress(int(done.sum()))
-        refill = np.flatnonzero(done)[: total - waiting]
-        going = np.flatnonzero(~done)
-        if len(going) + len(refill) == 0:
-            break
-        if len(going):
-            decoder.append(drawn[going], going.tolist())
-        if len(refill):
-            owner[refill] = np.arange(waiting, waiting + len(refill))
-            waiting += len(refill)
-            decoder.start(refill.tolist(), [prompts[i] for i in owner[refill].tolist()])
-        alive = np.sort(np.concatenate([going, refill]))
-        if len(alive) < len(owner):
-            decoder.keep(alive.tolist())
-            owner = owner[alive]
-
-    width = int(length.max())
-    dtype = decoder.log_probs.dtype
-    return Samples(
-        response_ids=torch.from_numpy(ids[:, :width]),
-        response_mask=torch.from_numpy(np.arange(width) < length[:, None]),
-        logp=torch.from_numpy(logp[:, :width]).to(dtype),
-        values=torch.from_numpy(values[:, :width]).to(dtype),
-        ended=torch.from_numpy(ended),
-    )
+        ids, mask = _left_padded([self.contexts[row] for row in rows], self.model.device)
+        logits, values = self.model(ids, mask, keep=1)
+        index = torch.as_tensor(rows, device=self.model.device)
+        log_probs = self.law.log_probs(logits[:, -1], self.written[index])
+        self.log_probs[index] = log_probs.to(self.log_probs.dtype)  # some families give float32 whatever their weights
+        self.values[index] = values[:, -1]

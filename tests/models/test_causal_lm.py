@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import pickle
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -11,10 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_env.errors import ConfigError, TokenizerError
-from rlhf_env.models.causal_lm import VALUE_HEAD_FILE, CausalLM, left_padded
+from rlhf_env.functional import kl_full
+from rlhf_env.models.causal_lm import VALUE_HEAD_FILE, CausalLM
+from rlhf_env.models.reading import left_padded
 from rlhf_env.models.tiny import tiny_config
 from rlhf_env.text.tokenizers import byte_tokenizer, char_tokenizer
-from tests.builders import make_rollout, random_model
+from rlhf_env.types import Rollout, SamplingLaw
+from tests.builders import make_env, make_rollout, random_model
 
 FAMILIES = ("gpt2", "llama")
 
@@ -73,12 +80,124 @@ def test_observations_of_the_environment_give_the_same_log_probs(family):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def two_states() -> dict[str, np.ndarray]:
+    """Prompt 3 4 5 with 6 written, and prompt 8 with 9 written."""
+    return {
+        "input_ids": np.array([[3, 4, 5, 6, 0], [8, 9, 0, 0, 0]]),
+        "attention_mask": np.array([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]], dtype=np.int8),
+        "response_mask": np.array([[0, 0, 0, 1, 0], [0, 1, 0, 0, 0]], dtype=np.int8),
+    }
+
+
+def test_where_the_law_truncates_only_the_observed_candidates_have_probability():
+    """π(a) / Σ_c π(c) over the candidates, from the unrestricted probabilities."""
+    policy, law = random_model(), SamplingLaw(11, 9, top_k=3)
+    obs = two_states() | {"candidates": np.array([[7, 1, 4], [2, 0, -1]])}
+    free = [policy.action_log_probs(two_states(), np.array([a, a]), SamplingLaw(11, 9)) for a in range(11)]
+    probability = np.exp(np.stack(free, axis=1))  # [2, 11]
+    got = np.exp(np.stack([policy.action_log_probs(obs, np.array([a, b]), law) for a, b in [(7, 2), (1, 0), (4, 5)]]))
+    expected = probability[0, [7, 1, 4]] / probability[0, [7, 1, 4]].sum()
+    np.testing.assert_allclose(got[:, 0], expected, rtol=1e-4)
+    np.testing.assert_allclose(got[:2, 1], probability[1, [2, 0]] / probability[1, [2, 0]].sum(), rtol=1e-4)
+    assert got[2, 1] == 0
+    with pytest.raises(ConfigError, match="no candidates: pass on the whole observation"):
+        policy.action_log_probs(two_states(), np.array([1, 2]), law)
+
+
+def under(law: SamplingLaw, rollout: Rollout, reference: CausalLM) -> Rollout:
+    """The rollout with the candidates that the reference names in each state; none in the padding, as in `collect`."""
+    free = dataclasses.replace(law, top_k=0, top_p=1.0)
+    candidates = law.candidates(reference.response_log_probs(dataclasses.replace(rollout, law=free))[0])
+    candidates = torch.where(rollout.response_mask.unsqueeze(-1), candidates, -1)
+    return dataclasses.replace(rollout, law=law, candidates=candidates)
+
+
+def test_equal_weights_restricted_alike_have_no_kl_and_probabilities_sum_to_1():
+    """By brute force over every response of two tokens: 4 may be first, and 4 may follow each."""
+    policy, law = random_model(dtype="float64"), SamplingLaw(11, 9, temperature=0.7, banned_tokens=(10,), top_k=4)
+    reference = policy.frozen_copy()
+    responses = [[first, second] for first in range(11) for second in range(11)]
+    rollout = under(law, make_rollout(policy, [[1, 2, 3]] * 121, responses), reference)
+    logp, ref_logp = policy.evaluate(rollout)[0], reference.evaluate(rollout)[0]
+    assert torch.equal(logp, ref_logp)
+    assert torch.isfinite(logp).all(1).sum() == 16
+    assert logp.sum(1).exp().sum().item() == pytest.approx(1, abs=1e-12)
+    assert (logp > -torch.inf)[:, 0].sum() == 4 * 11
+
+
+@pytest.mark.parametrize("law", [SamplingLaw(11, 9, top_k=3, min_new_tokens=1), SamplingLaw(11, 9, top_p=0.8)])
+def test_gradients_under_candidates_are_finite(law):
+    reference, policy = random_model(), random_model(seed=1)
+    rollout = under(law, make_rollout(policy, [[1, 2, 3], [4]], [[0, 0], [0]]), reference)
+    assert rollout.candidates is not None
+    rollout = dataclasses.replace(rollout, response_ids=rollout.candidates[:, :, 0].clamp(min=0))
+    logp, values, per_token = policy.evaluate(rollout)
+    kl = kl_full(policy.response_log_probs(rollout)[0], reference.response_log_probs(rollout)[0])
+    assert (kl[rollout.response_mask] > 0).all()
+    torch.where(rollout.response_mask, logp + per_token + kl + values, 0.0).sum().backward()
+    for name, p in policy.named_parameters():
+        assert p.grad is None or torch.isfinite(p.grad).all(), name
+
+
+def pickled(policy: CausalLM) -> CausalLM:
+    return pickle.loads(pickle.dumps(policy))
+
+
+def cloudpickled(policy: CausalLM) -> CausalLM:
+    return cloudpickle.loads(cloudpickle.dumps(policy))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("duplicate", [pickled, cloudpickled, copy.deepcopy])
+def test_a_copy_says_the_same_before_and_after_the_first_forward(family, duplicate):
+    policy = random_model(family)
+    rollout = make_rollout(policy, [[1, 2], [3]], [[4], [5, 6]])
+    early = duplicate(policy)
+    expected = policy.evaluate(rollout)
+    late = duplicate(policy)
+    for other in (early, late, duplicate(late), policy):  # the original goes on as before
+        for a, b in zip(other.evaluate(rollout), expected, strict=True):
+            assert torch.equal(a, b)
+    assert not {p.data_ptr() for p in late.parameters()} & {p.data_ptr() for p in policy.parameters()}
+    assert len(list(late.parameters())) == len(list(policy.parameters()))  # tied weights stay tied
+
+
+def test_a_pickled_environment_goes_on_with_the_same_reference():
+    env = make_env(kl_mode="observe")
+    env.reset(seed=0)
+    env.step(1)
+    others = [library.loads(library.dumps(env)) for library in (pickle, cloudpickle)]
+    expected = env.step(2)[-1]["ref_logp"]
+    assert [other.step(2)[-1]["ref_logp"] for other in others] == [expected, expected]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eager_attention_in_float64_sees_no_padding(family, tmp_path):
+    """Transformers' mask is −∞ in the float32 of its softmax, so that padding is NaN and spreads to every token."""
+    random_model(family, dtype="float64").save_pretrained(tmp_path)
+    eager = CausalLM.from_pretrained(tmp_path, dtype="float64", attention="eager")
+    exact = CausalLM.from_pretrained(tmp_path, dtype="float64", attention="sdpa")
+    prompts, responses = [[1, 2, 3], [4]], [[5, 6], [7, 1, 2]]
+    rollout = make_rollout(eager, prompts, responses, left=2, right=1)
+    mask = rollout.response_mask
+    torch.testing.assert_close(eager.evaluate(rollout)[0][mask], exact.evaluate(rollout)[0][mask], atol=1e-6, rtol=0)
+    logits, values = eager(rollout.input_ids, rollout.attention_mask)
+    expected = exact(rollout.input_ids, rollout.attention_mask)
+    kept = rollout.attention_mask
+    torch.testing.assert_close(logits[kept], expected[0][kept], atol=1e-5, rtol=0)
+    torch.testing.assert_close(values[kept], expected[1][kept])
+    with pytest.raises(ConfigError, match="attention='sdpa'"):
+        eager.decoder(1, rollout.law, backend="cached")
+
+
 def test_left_padded_by_hand():
     ids, mask = left_padded(
         torch.tensor([[1, 2, 3, 0, 0], [4, 0, 0, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()
     )
     assert mask.tolist() == [[True, True, True], [False, False, True]]
     assert ids[mask].tolist() == [1, 2, 3, 4]
+    ids, mask = left_padded(torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.bool))
+    assert mask.tolist() == [[False], [False]], "rows without tokens pad the sequences of a recurrent policy"
 
 
 def test_dropout_never_turns_on():
@@ -161,7 +280,7 @@ def test_more_tokens_than_embedding_rows():
 
 def test_poisoned_generation_config_changes_nothing(tmp_path):
     """Sampling settings come from the law alone, whatever the folder's generation_config.json says."""
-    from rlhf_env.models.decoding import sample_responses
+    from rlhf_env.models.sampling import sample_responses
 
     policy = CausalLM.from_config(tiny_config("gpt2", 259), byte_tokenizer())
     policy.save_pretrained(tmp_path)

@@ -12,7 +12,8 @@ import torch
 from rlhf_env.errors import ConfigError, NonFiniteError
 from rlhf_env.functional import inverse_cdf_sample
 from rlhf_env.models.causal_lm import CausalLM
-from rlhf_env.models.decoding import CachedDecoder, FullContextDecoder, Samples, sample_responses
+from rlhf_env.models.decoding import CachedDecoder, FullContextDecoder
+from rlhf_env.models.sampling import Samples, sample_responses
 from rlhf_env.text.tokenizers import char_tokenizer
 from rlhf_env.types import SamplingLaw
 from tests.builders import make_rollout, random_model
@@ -27,7 +28,9 @@ class Uncached:
         self.policy = policy
 
     def decoder(self, num_rows: int, law: SamplingLaw) -> FullContextDecoder:
-        return FullContextDecoder(self.policy, num_rows, law)
+        decoder = self.policy.decoder(num_rows, law, backend="full")
+        assert isinstance(decoder, FullContextDecoder)
+        return decoder
 
 
 def sample(policy, prompts=PROMPTS, *, num_rows=3, max_new_tokens=12, law=None, **kwargs) -> Samples:
@@ -143,7 +146,7 @@ def test_inverse_cdf_by_hand():
     assert inverse_cdf_sample(log_probs.expand(6, -1), uniform).tolist() == [0, 0, 2, 2, 3, 3]
 
 
-def family(name: str) -> CausalLM:
+def family(name: str, dtype: str = "float32") -> CausalLM:
     import transformers
 
     size = {"vocab_size": 11, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -158,16 +161,37 @@ def family(name: str) -> CausalLM:
         },
         "GPTNeoX": {"intermediate_size": 48},
         "Bloom": {},  # no positions at all: attention falls with distance
+        "Rwkv": {"attention_hidden_size": 32, "context_length": 64},
         "Mamba": {"state_size": 4},
         "Mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 1},
+        "Gemma2": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4},
+        "Gemma3Text": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4},
+        "Lfm2": {
+            "intermediate_size": 48,
+            "num_key_value_heads": 2,
+            "layer_types": ["conv", "full_attention"],
+        },
+        "Qwen3Next": {
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
     }
     tokens = {"bos_token_id": 8, "eos_token_id": 9, "pad_token_id": 10}
     config = getattr(transformers, f"{name}Config")(**size, **odd[name], **tokens, initializer_range=0.3)
     config.max_position_embeddings = 64
-    return CausalLM.from_config(config, char_tokenizer("abcdefgh"))
+    return CausalLM.from_config(config, char_tokenizer("abcdefgh"), dtype=dtype)
 
 
-@pytest.mark.parametrize("name", ["Mistral", "Qwen2", "GPTNeoX", "Bloom"])
+@pytest.mark.parametrize("name", ["Mistral", "Qwen2", "Gemma3Text", "GPTNeoX", "Bloom"])
 def test_other_families_and_windows_shorter_than_the_sequence(name):
     policy = family(name)
     cached, oracle = sample(policy, max_new_tokens=14), sample(Uncached(policy), max_new_tokens=14, num_rows=2)
@@ -183,10 +207,62 @@ def test_other_families_and_windows_shorter_than_the_sequence(name):
         torch.testing.assert_close(cached.logp[i, : len(response)], expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["Mamba", "Mamba2"])
-def test_a_model_without_keys_and_values_is_refused_and_not_read_without_its_past(name):
-    with pytest.raises(ConfigError, match="only attention models can be decoded"):
-        sample(family(name))
+@pytest.mark.parametrize("name", ["Rwkv", "Mamba", "Mamba2", "Lfm2", "Qwen3Next"])
+def test_a_model_that_keeps_a_state_is_decoded_without_a_cache(name):
+    """Its rows see neither padding nor each other, in sampling and in the teacher-forced pass: Hugging Face says so."""
+    policy = family(name)
+    law = SamplingLaw(11, 9, min_new_tokens=1)
+    assert isinstance(policy.decoder(2, law), FullContextDecoder)
+    with pytest.raises(ConfigError, match="keeps something else than keys and values.*backend='full'"):
+        policy.decoder(2, law, backend="cached")
+    prompts = PROMPTS[:4]
+    drawn = sample(policy, prompts, num_rows=2, max_new_tokens=5, law=law)
+    responses = [ids[mask].tolist() for ids, mask in zip(drawn.response_ids, drawn.response_mask, strict=True)]
+    taught = policy.evaluate(make_rollout(policy, prompts, responses, left=2, right=1))[0]
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        with torch.no_grad():
+            logits = policy.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]  # type: ignore[operator]
+        t, ids = torch.arange(len(response)), torch.tensor(response)
+        expected = law.log_probs(logits, t)[t, ids]
+        torch.testing.assert_close(drawn.logp[i, : len(response)], expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(taught[i, : len(response)], logits.log_softmax(-1)[t, ids], atol=1e-4, rtol=0)
+        alone = policy.evaluate(make_rollout(policy, [prompt], [response], left=3))[0][0]
+        torch.testing.assert_close(alone, taught[i, : len(response)], atol=1e-4, rtol=0)
+
+
+def test_values_of_a_model_that_keeps_a_state_are_those_of_the_last_token():
+    policy = family("Lfm2")
+    torch.nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(0))
+    decoder = policy.decoder(2, SamplingLaw(11, 9))
+    decoder.start([0, 1], [[1, 2, 3, 4], [5]])
+    decoder.append(np.array([6]), [1])
+    for row, context in enumerate([[1, 2, 3, 4], [5, 6]]):
+        ids = torch.tensor([context])
+        _, value = policy(ids, torch.ones_like(ids, dtype=torch.bool))
+        torch.testing.assert_close(decoder.values[row], value[0, -1].detach(), atol=1e-5, rtol=0)
+
+
+def test_the_full_decoder_reads_its_rows_in_one_forward():
+    policy, shapes = random_model("gpt2"), []
+    policy.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    decoder = policy.decoder(3, SamplingLaw(11, 9), backend="full")
+    decoder.start([0, 1, 2], [[1, 2], [3], [4, 5, 6]])
+    decoder.append(np.array([7, 8]), [0, 2])
+    assert shapes == [(3, 3), (2, 4)]
+
+
+@pytest.mark.parametrize("name", ["Bloom", "Gemma2"])  # and in Gemma2, the window of some padding is all padding
+def test_a_family_that_only_has_eager_attention_decodes_in_float64(name):
+    cached, full = (sample(p, law=SamplingLaw(11, None)) for p in (family(name), family(name, "float64")))
+    assert torch.equal(cached.response_ids, full.response_ids)
+    torch.testing.assert_close(cached.logp.double(), full.logp, atol=1e-4, rtol=0)
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(ConfigError, match="must be 'auto', 'cached' or 'full', got 'fast'"):
+        random_model().decoder(1, SamplingLaw(11, 9), backend="fast")  # type: ignore[arg-type]
 
 
 def test_greedy_is_the_argmax_of_the_uncached_path():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rlhf_env.errors import ConfigError, DataError, NonFiniteError
 from rlhf_env.models.causal_lm import CausalLM
-from rlhf_env.models.decoding import sample_responses
+from rlhf_env.models.sampling import sample_responses
 from rlhf_env.models.sft import (
     EncodedDemonstration,
     SFTConfig,
