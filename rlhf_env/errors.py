@@ -35,6 +35,10 @@ class ConfigError(RLHFEnvError, ValueError):
     """A setting is unknown, of the wrong type, or out of range."""
 
 
+class ContractError(RLHFEnvError, AssertionError):
+    """An environment breaks a promise that token-level environments make; `check_token_env` raises it."""
+
+
 class DataError(RLHFEnvError, ValueError):
     """A file of data is malformed; the message names file, line and reason."""
 

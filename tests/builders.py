@@ -33,6 +33,11 @@ def random_model(family: str = "gpt2", *, dtype: str = "float32", seed: int = 0)
     return _model(family, dtype, seed).frozen_copy().requires_grad_(True)
 
 
+@cache
+def _frozen_model() -> CausalLM:
+    return random_model().requires_grad_(False)  # one object: nobody trains a reference
+
+
 def make_rollout(
     policy: CausalLM,
     prompts: Sequence[Sequence[int]],
@@ -76,10 +81,10 @@ def letter_score(prompts: list[str], responses: list[str]) -> list[float]:
 
 def make_envs(num_envs: int = 3, **kwargs: Any) -> TextGenerationVectorEnv:
     """A batched environment over the letters with a random reference."""
-    reference = kwargs.pop("reference", random_model())
+    reference = kwargs.pop("reference", _frozen_model())
     defaults: dict[str, Any] = {
         "prompts": PROMPTS,
-        "tokenizer": random_model().tokenizer,
+        "tokenizer": _frozen_model().tokenizer,
         "reward_model": letter_score,
         "reference": reference,
         "beta": 0.3,
@@ -90,10 +95,10 @@ def make_envs(num_envs: int = 3, **kwargs: Any) -> TextGenerationVectorEnv:
 
 def make_env(**kwargs: Any) -> TextGenerationEnv:
     """One environment over the letters with a random reference."""
-    reference = kwargs.pop("reference", random_model())
+    reference = kwargs.pop("reference", _frozen_model())
     defaults: dict[str, Any] = {
         "prompts": PROMPTS,
-        "tokenizer": char_tokenizer(ALPHABET),
+        "tokenizer": _frozen_model().tokenizer,
         "reward_model": letter_score,
         "reference": reference,
         "beta": 0.3 if reference else 0.0,

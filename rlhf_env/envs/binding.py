@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from rlhf_env.envs.core import Observation, TokenMDP, as_array
+from rlhf_env.envs.core import TokenMDP
+from rlhf_env.envs.policy_logp import Observation, as_array
+from rlhf_env.envs.view import refuse_time_limit
 from rlhf_env.errors import ConfigError
 
 
@@ -22,6 +27,7 @@ def find_cores(env: Any) -> list[TokenMDP]:
         return find_cores(env.venv)
     inner = getattr(env, "unwrapped", env)
     if isinstance(core := getattr(inner, "core", None), TokenMDP):
+        _refuse_time_limits(env)
         return [core]
     if type(inner).__name__ in ("AsyncVectorEnv", "SubprocVecEnv"):
         raise ConfigError(
@@ -33,18 +39,34 @@ def find_cores(env: Any) -> list[TokenMDP]:
     raise ConfigError(f"there is no text-generation environment inside {type(env).__name__}")
 
 
+def _refuse_time_limits(env: Any) -> None:
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, gym.wrappers.TimeLimit):
+            refuse_time_limit()
+        env = env.env
+
+
 def bind_policy(env: Any, policy: Callable[[Observation, NDArray[np.int64]], Any] | Any) -> None:
     """Charge `env` the KL of this policy from here on.
 
     `policy` is a function (observation, actions) → log π of the actions, [N]: the observation is the batched one
     (arrays [N, L]), the actions those just given to `step`. A `CausalLM` may be given itself. `env` may be wrapped.
     """
+    if isinstance(policy, torch.nn.Module) and policy.training:
+        if found := [name for name, m in policy.named_modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]:
+            raise ConfigError(
+                f"dropout is on in {found[0] or type(policy).__name__}, so the policy that is asked is not the one "
+                "that sampled: set dropout to 0, or call policy.eval()"
+            )
     for core in find_cores(env):
         if hasattr(policy, "action_log_probs"):
-            law = core.task.law
-            core.bind(lambda obs, actions, law=law: policy.action_log_probs(obs, actions, law))
+            core.log_pi.bind(functools.partial(_action_log_probs, core, policy))  # unlike a lambda it can be pickled
         else:
-            core.bind(policy)
+            core.log_pi.bind(policy)
+
+
+def _action_log_probs(core: TokenMDP, policy: Any, observation: Observation, actions: NDArray[np.int64]) -> Any:
+    return policy.action_log_probs(observation, core.token_ids(actions), core.task.law)
 
 
 def push_logprobs(env: Any, logp: Any, actions: Any) -> None:
@@ -61,4 +83,4 @@ def push_to(cores: Sequence[TokenMDP], logp: Any, actions: Any) -> None:
         np.split(as_array(actions).reshape(-1), borders),
         strict=True,
     ):
-        core.push(p, a)
+        core.log_pi.push(p, a)

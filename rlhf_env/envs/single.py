@@ -8,10 +8,13 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_env.envs.core import Observation, TokenMDP
+from rlhf_env.envs.core import TokenMDP
+from rlhf_env.envs.infos import Column
+from rlhf_env.envs.policy_logp import Observation
+from rlhf_env.envs.prompt_stream import PromptStream
 from rlhf_env.envs.spaces import action_space, observation_space, unshared
 from rlhf_env.envs.task import make_task
-from rlhf_env.envs.view import CoreView
+from rlhf_env.envs.view import CoreView, known_options
 
 
 class TextGenerationEnv(CoreView, gym.Env[Observation, np.int64]):
@@ -32,18 +35,18 @@ class TextGenerationEnv(CoreView, gym.Env[Observation, np.int64]):
         self.core = TokenMDP(self.task, 1, beta)
         self.observation_space = observation_space(self.task)  # type: ignore[assignment]
         self.action_space = action_space(self.task)
+        self._prompts = PromptStream(self.task)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         """Begin an episode with a prompt drawn by the environment's generator, or with `options["prompt"]`."""
+        given = known_options(options, "prompt").get("prompt")
+        ids = () if given is None else self.task.encode_prompt(given, where="options['prompt']")
         super().reset(seed=seed)
-        given = (options or {}).get("prompt")
-        if given is None:
-            row = int(self.np_random.integers(len(self.task.prompts)))
-            prompt, ids = self.task.prompts[row], self.task.prompt_ids[row]
-        else:
-            prompt, ids = given, self.task.encode_prompt(given, where="options['prompt']")
+        if seed is not None:
+            self._prompts.restart()
+        prompt, ids = self._prompts.next(self.np_random) if given is None else (given, ids)
         self.core.begin([0], [prompt], [ids])
         if self.render_mode == "human":
             self.render()
@@ -52,8 +55,7 @@ class TextGenerationEnv(CoreView, gym.Env[Observation, np.int64]):
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Write one token."""
         result = self.core.step(np.array([action]))
-        final = result.final_info.get(0)
-        info = final if final is not None else {name: float(values[0]) for name, values in result.info.items()}
+        over = result.terminated[0] or result.truncated[0]
         if self.render_mode == "human":
             self.render()
         return (
@@ -61,7 +63,7 @@ class TextGenerationEnv(CoreView, gym.Env[Observation, np.int64]):
             float(result.reward[0]),
             bool(result.terminated[0]),
             bool(result.truncated[0]),
-            info,
+            _only_row(result.final if over else result.info),
         )
 
     def render(self) -> str | None:  # type: ignore[override]
@@ -77,11 +79,28 @@ class TextGenerationEnv(CoreView, gym.Env[Observation, np.int64]):
 
     def push_logprobs(self, logp: Any, actions: Any) -> None:
         """Tell log π of the action that the next `step` will be given: numbers, or arrays of one."""
-        self.core.push(np.reshape(logp, (1,)), np.reshape(actions, (1,)))
+        self.core.log_pi.push(np.reshape(logp, (1,)), np.reshape(actions, (1,)))
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Which next tokens the sampling law allows, bool [V]."""
+        """Which actions the sampling law allows now, bool [`action_space.n`]."""
         return self.core.action_masks()[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the episodes to come depend on, as JSON values: the generator, the prompt's group, and β."""
+        return {"prompts": [self._prompts.state(self.np_random)], "beta": self.core.beta_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was called, with the next `reset`."""
+        if len(state["prompts"]) != 1:
+            raise ValueError(f"the state is of {len(state['prompts'])} environments, and here is 1")
+        self._prompts.restore(state["prompts"][0], self.np_random)
+        self.core.load_beta_state(state["beta"])
 
     def _observation(self) -> Observation:
         return {name: values[0] for name, values in self.core.observation().items()}
+
+
+def _only_row(columns: dict[str, Column]) -> dict[str, Any]:
+    """A single environment's info: plain Python values, and no key for what is not known."""
+    first = {name: values[0] for name, (values, where) in columns.items() if where[0]}
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in first.items()}

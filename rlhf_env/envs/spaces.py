@@ -9,26 +9,46 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from rlhf_env.envs.task import TextTask
+from rlhf_env.types import SamplingLaw
 
+LOWEST = float(np.finfo(np.float32).min)  #: `candidate_logp` where there is no candidate
 _HEAVY = ("reference", "reward_model", "tokenizer")
 
 
-def observation_space(task: TextTask) -> spaces.Dict:
-    """Right-padded integer boxes of fixed length L: the form that every algorithm of Stable-Baselines3 can read."""
-    length = (task.observation_length,)
+class TokenSpace(spaces.Dict):
+    """The observation space of the token MDP, which also knows the law that tokens are sampled under.
+
+    An algorithm's policy is told its spaces and nothing else, so this is how the law reaches it.
+    """
+
+    def __init__(self, parts: dict[str, spaces.Space[Any]], law: SamplingLaw) -> None:
+        super().__init__(parts)
+        self.law = law
+
+
+def observation_space(task: TextTask) -> TokenSpace:
+    """Right-padded integer boxes of fixed length L: the form that every algorithm of Stable-Baselines3 can read.
+
+    Where the law truncates, `candidates` [K] are the tokens that may be written next, likeliest first, padded with −1,
+    and `candidate_logp` [K] their log-probabilities under the reference.
+    """
+    length, law = (task.observation_length,), task.law
     # Ids of prompts may lie above the last action only where a tokenizer says so; the pad id is an ordinary id.
-    return spaces.Dict(
-        {
-            "input_ids": spaces.Box(0, max(task.law.vocab_size, 2) - 1, length, np.int64),
-            "attention_mask": spaces.Box(0, 1, length, np.int8),
-            "response_mask": spaces.Box(0, 1, length, np.int8),
-        }
-    )
+    parts: dict[str, spaces.Space[Any]] = {
+        "input_ids": spaces.Box(0, max(law.vocab_size, 2) - 1, length, np.int64),
+        "attention_mask": spaces.Box(0, 1, length, np.int8),
+        "response_mask": spaces.Box(0, 1, length, np.int8),
+    }
+    if law.truncates:
+        count = (law.top_k or law.vocab_size,)
+        parts["candidates"] = spaces.Box(-1, law.vocab_size - 1, count, np.int64)
+        parts["candidate_logp"] = spaces.Box(LOWEST, 0, count, np.float32)
+    return TokenSpace(parts, law)
 
 
 def action_space(task: TextTask) -> spaces.Discrete:
-    """The next token id."""
-    return spaces.Discrete(task.law.vocab_size)
+    """The next token's id, or its rank among the candidates."""
+    return spaces.Discrete(task.law.top_k if task.action == "candidate" else task.law.vocab_size)
 
 
 class Shared:

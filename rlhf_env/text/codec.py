@@ -137,11 +137,17 @@ class Codec:
         """
         shown, pieces = "", []
         for end in range(1, len(ids) + 1):
-            text = self._text(ids[:end], skip_special_tokens=False)
-            held = text.endswith("\ufffd") and end < len(ids)
-            pieces.append("" if held else text[len(shown) :])
-            shown = shown if held else text
+            pieces.append(self.next_piece(ids[:end], shown, last=end == len(ids)))
+            shown += pieces[-1]
         return pieces
+
+    def next_piece(self, ids: Sequence[int], shown: str, *, last: bool) -> str:
+        """What the last of `ids` adds to the text `shown` of those before it; nothing, where a character is not whole.
+
+        The `last` token of all shows what there is.
+        """
+        text = self._text(ids, skip_special_tokens=False)
+        return "" if text.endswith("\ufffd") and not last else text[len(shown) :]
 
     def _text(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return cast(Any, self.tokenizer).decode(

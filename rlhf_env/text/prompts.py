@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Sequence
@@ -44,6 +45,21 @@ def openings(texts: Sequence[str], words: int) -> list[str]:
             f"none of the {len(texts)} texts has more than {words} words, so none leaves something to write after them"
         )
     return list(found)
+
+
+def split_by_hash(texts: Sequence[str], share: float, salt: str = "") -> tuple[list[str], list[str]]:
+    """The texts of the two sides of a split, the second of about `share` of all.
+
+    The side of a text is decided by its own SHA-256 (and `salt`), so it stays where it is when others are added,
+    removed or reordered, and equal texts are never on both sides.
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"the share of a split must be between 0 and 1, it is {share}")
+    sides: tuple[list[str], list[str]] = ([], [])
+    for text in texts:
+        digest = hashlib.sha256(f"{salt}\0{text}".encode(errors="surrogatepass")).digest()
+        sides[int.from_bytes(digest[:8], "big") < share * 2**64].append(text)
+    return sides
 
 
 def prompt_indices(seed: int, start: int, count: int, size: int) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlhf_env.envs.beta import AdaptiveBeta
+from rlhf_env.envs.beta import AdaptiveBeta, BetaController, ScheduledBeta
 from rlhf_env.envs.task import ScoreFn
 from rlhf_env.envs.vector import TextGenerationVectorEnv
 from rlhf_env.errors import ConfigError, EmptyPromptError, PromptTooLongError, TokenizerError
@@ -49,12 +49,14 @@ def assemble(config: TrainConfig) -> Parts:
     reference = load_reference(config) or policy.frozen_copy()
     policy.freeze_layers(config.freeze_layers)
 
-    def make(prompts: Sequence[str], file: str, beta: float | AdaptiveBeta) -> TextGenerationVectorEnv:
+    def make(prompts: Sequence[str], file: str, beta: float | BetaController) -> TextGenerationVectorEnv:
         return make_envs(config.env, config.num_envs, prompts, file, policy, reward, reference, beta)
 
     env, beta = config.env, config.env.beta
     if env.target_kl is not None:
         beta = AdaptiveBeta(initial=env.beta, target=env.target_kl, horizon=env.beta_horizon)
+    elif env.final_beta is not None:
+        beta = ScheduledBeta(((0, env.beta), (env.beta_horizon, env.final_beta)))
     return Parts(
         policy=policy,
         envs=make(prompts, config.prompts, beta),
@@ -93,7 +95,7 @@ def make_envs(
     policy: CausalLM,
     reward: RewardModel | ScoreFn,
     reference: Policy | None,
-    beta: float | AdaptiveBeta,
+    beta: float | BetaController,
 ) -> TextGenerationVectorEnv:
     """The batched environment of the settings; what is wrong with a prompt is told with the `file` it came from."""
     codec = Codec(policy.tokenizer, chat_template=read_chat_template(env.chat_template))
@@ -110,9 +112,13 @@ def make_envs(
             max_new_tokens=env.max_new_tokens,
             max_prompt_tokens=env.max_prompt_tokens,
             temperature=env.temperature,
+            top_k=env.top_k,
+            top_p=env.top_p,
             min_new_tokens=env.min_new_tokens,
             stop_strings=env.stop_strings,
             missing_eos_penalty=env.missing_eos_penalty,
+            length_penalty=env.length_penalty,
+            group_size=env.group_size,
             kl_placement=env.kl_placement,
         )
         if policy.context_length is not None and envs.task.observation_length > policy.context_length:

@@ -15,9 +15,9 @@ from rlhf_env.envs.binding import find_cores
 from rlhf_env.envs.task import TextTask
 from rlhf_env.errors import ConfigError, NegativeKLWarning, PromptTooLongError, TokenizerError
 from rlhf_env.functional import token_rewards
-from rlhf_env.models.decoding import sample_responses
+from rlhf_env.models.sampling import sample_responses
+from rlhf_env.models.scoring import teacher_forced_logp
 from rlhf_env.text.codec import Codec
-from rlhf_env.text.prompts import prompt_indices
 from rlhf_env.types import Policy, Rollout
 
 _SAMPLING_STREAM = 1  # keeps the random numbers of sampling apart from those that shuffle the prompts
@@ -38,9 +38,9 @@ def collect(
 
     The same episodes that stepping the environment would give, and the same rewards, without stepping it. With
     `prompts`, one episode for each; otherwise `episodes` of the environment's own prompts, from position `start` of
-    their endlessly reshuffled order. Episode i depends only on `seed`, `start + i` and its prompt. `envs` is a
-    `TextGenerationVectorEnv` (its `num_envs` rows are decoded side by side) or any wrapper of one. `progress` is
-    told how many more episodes are finished.
+    their endlessly reshuffled order, where each stands `group_size` times in a row. Episode i depends only on `seed`,
+    `start + i` and its prompt. `envs` is a `TextGenerationVectorEnv` (its `num_envs` rows are decoded side by side) or
+    any wrapper of one. `progress` is told how many more episodes are finished.
     """
     core = find_cores(envs)[0]
     task = core.task
@@ -49,8 +49,12 @@ def collect(
     if prompts is None:
         if episodes is None:
             raise ConfigError("collect needs prompts, or how many episodes of the environment's own prompts")
-        rows = prompt_indices(seed, start, episodes, len(task.prompts))
-        prompts, prompt_ids = [task.prompts[r] for r in rows], [task.prompt_ids[r] for r in rows]
+        if start % task.group_size or episodes % task.group_size:
+            raise ConfigError(
+                f"{episodes} episodes from position {start} cut groups of {task.group_size} apart: collect, and an "
+                "agent's batch_size, must be multiples of group_size"
+            )
+        prompts, prompt_ids = task.prompts_at(seed, start, episodes, task.group_size)
     else:
         if isinstance(prompts, str):
             raise ConfigError("prompts must be a sequence of texts, not one string")
@@ -58,27 +62,36 @@ def collect(
     if not prompt_ids:
         raise ConfigError("collect needs at least one prompt")
     _require_same_vocabulary(policy, task.codec)
-    context, longest = getattr(policy, "context_length", None), max(map(len, prompt_ids))
-    if context is not None and longest + task.max_new_tokens > context:
-        raise PromptTooLongError(
-            f"{longest} tokens of prompt and {task.max_new_tokens} of response exceed the policy's context of {context}"
-        )
+    limits = [task.longest(len(ids)) for ids in prompt_ids]
+    context = getattr(policy, "context_length", None)
+    for ids, limit in zip(prompt_ids, limits, strict=True):
+        if context is not None and len(ids) + limit > context:
+            raise PromptTooLongError(
+                f"{len(ids)} tokens of prompt and {limit} of response exceed the policy's context of {context}"
+            )
 
     samples = sample_responses(
         policy,
         prompt_ids,
         task.law,
-        max_new_tokens=task.max_new_tokens,
+        max_new_tokens=limits,
         seeds=[(seed, start + i, _SAMPLING_STREAM) for i in range(len(prompts))],
         num_rows=core.num_slots,
         greedy=greedy,
+        reference=task.reference,
         stop=task.says_stop if task.stop_strings else None,
         progress=progress,
     )
     ended = samples.ended
     responses = [row[m].tolist() for row, m in zip(samples.response_ids, samples.response_mask, strict=True)]
-    score = torch.from_numpy(task.score(prompts, prompt_ids, responses)).to(samples.logp.dtype)
-    penalty = torch.from_numpy(task.penalties(ended.numpy())).to(samples.logp.dtype)
+    lengths = samples.response_mask.numpy().sum(1)
+    score, _ = task.score(prompts, prompt_ids, responses)
+    token_score = torch.zeros_like(samples.logp)
+    if task.scores_tokens:
+        said = task.token_scores(prompts, prompt_ids, responses)
+        for row, numbers in enumerate(said):
+            token_score[row, : len(numbers)] = torch.from_numpy(numbers)
+    penalty = sum(task.penalties(ended.numpy(), lengths).values(), np.zeros(len(responses)))
     padded, mask = left_padded_prompts(prompt_ids, task.codec.pad_token_id)
     rollout = Rollout(
         prompt_ids=padded,
@@ -89,27 +102,20 @@ def collect(
         ref_logp=samples.logp,  # without a reference the KL is 0
         values=samples.values,
         reward=torch.zeros_like(samples.logp),
-        score=score,
-        penalty=penalty,
-        beta=torch.full_like(score, core.beta),
+        score=torch.from_numpy(score).to(samples.logp.dtype) + token_score.sum(1),
+        penalty=torch.from_numpy(penalty).to(samples.logp.dtype),
+        beta=torch.full_like(samples.logp[:, 0], core.beta),
         ended=ended,
         law=task.law,
+        candidates=samples.candidates,
     ).to(getattr(policy, "device", "cpu"))
-    if task.uses_reference:
+    if task.uses_reference and task.kl_mode != "off":
         assert task.reference is not None
         rollout = dataclasses.replace(rollout, ref_logp=teacher_forced_logp(task.reference, rollout)).require_finite()
         if not greedy:  # the log-ratio of the most probable tokens is no estimate of the KL
             _alarm_on_negative(rollout.kl)
             core.observe_kl(rollout.kl.tolist())
-    return dataclasses.replace(rollout, reward=_rewards(task, rollout))
-
-
-@torch.no_grad()
-def teacher_forced_logp(policy: Policy, rollout: Rollout, chunk: int = 64) -> Tensor:
-    """Log-probabilities [B, T] of a rollout's tokens under any policy, `chunk` episodes at a time; 0 in the padding."""
-    there = rollout.to(getattr(policy, "device", rollout.logp.device))
-    parts = [policy.evaluate(there[i : i + chunk])[0] for i in range(0, len(rollout), chunk)]
-    return torch.where(rollout.response_mask, torch.cat(parts).to(rollout.logp.device), 0.0)
+    return dataclasses.replace(rollout, reward=_rewards(task, rollout, token_score.to(rollout.logp)))
 
 
 def left_padded_prompts(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -144,9 +150,12 @@ def _alarm_on_negative(kl: Tensor) -> None:
         )
 
 
-def _rewards(task: TextTask, rollout: Rollout) -> Tensor:
-    worth, mask = rollout.score - rollout.penalty, rollout.response_mask
+def _rewards(task: TextTask, rollout: Rollout, token_score: Tensor) -> Tensor:
+    """What the agent receives at each token, [B, T]; `token_score` [B, T] is what a process reward said of it."""
+    worth, mask = rollout.score - token_score.sum(1) - rollout.penalty, rollout.response_mask
     if task.kl_mode == "reference":
-        return token_rewards(worth, torch.zeros_like(rollout.logp), rollout.ref_logp, mask, rollout.beta)
-    beta = rollout.beta if task.kl_mode == "reward" else 0.0
-    return token_rewards(worth, rollout.logp, rollout.ref_logp, mask, beta, placement=task.kl_placement)
+        rewards = token_rewards(worth, torch.zeros_like(rollout.logp), rollout.ref_logp, mask, rollout.beta)
+    else:
+        beta = rollout.beta if task.kl_mode == "reward" else 0.0
+        rewards = token_rewards(worth, rollout.logp, rollout.ref_logp, mask, beta, placement=task.kl_placement)
+    return rewards + token_score

@@ -19,20 +19,41 @@ class EnvConfig:
 
     beta: float = 0.05  #: KL coefficient in reward per nat; where it adapts, its first value
     target_kl: float | None = None  #: KL in nats per sequence that β is steered towards; none keeps β fixed
+    final_beta: float | None = None  #: KL coefficient after `beta_horizon` episodes, in a straight line; none: it stays
     beta_horizon: int = 10_000  #: episodes over which an adapting β changes by a factor of about e^0.2
     kl_placement: Literal["token", "terminal"] = "token"  #: charge the KL at each token, or all of it at the last one
     max_new_tokens: int = 48  #: the longest response, in tokens
     max_prompt_tokens: int | None = None  #: room for the prompt, in tokens; none: as much as the longest prompt needs
     min_new_tokens: int = 0  #: EOS is forbidden before this many tokens
     temperature: float = 1.0  #: divides the logits of policy and reference alike
+    top_k: int = 0  #: only the reference's this many likeliest tokens may be written; 0: all
+    top_p: float = 1.0  #: only the reference's likeliest tokens that together reach this probability may be written
     stop_strings: tuple[str, ...] = ()  #: a response ends once its text holds one of these
     missing_eos_penalty: float = 0.0  #: subtracted from the score of a response that the length limit ended
+    length_penalty: float = 0.0  #: subtracted from the score for each token of the response
+    group_size: int = 1  #: responses to each prompt in a row, for agents that compare them
     chat_template: str = "auto"  #: "auto" (the tokenizer's own, if any), "none" (plain text) or a Jinja file
 
     def __post_init__(self) -> None:
         _require(
-            self, {"beta": 0, "beta_horizon": 1, "max_new_tokens": 1, "min_new_tokens": 0, "missing_eos_penalty": 0}
+            self,
+            {
+                "beta": 0,
+                "beta_horizon": 1,
+                "max_new_tokens": 1,
+                "min_new_tokens": 0,
+                "missing_eos_penalty": 0,
+                "length_penalty": 0,
+                "group_size": 1,
+                "top_k": 0,
+            },
         )
+        if self.target_kl is not None and self.final_beta is not None:
+            raise ConfigError("β is either steered (target_kl) or scheduled (final_beta): leave one of them out")
+        if self.final_beta is not None and self.final_beta < 0:
+            raise ConfigError(f"final_beta must be at least 0, it is {self.final_beta}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, it is {self.top_p}")
         for name in ("target_kl", "temperature"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ConfigError(f"{name} must be positive, it is {value}")

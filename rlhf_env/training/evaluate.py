@@ -14,11 +14,11 @@ from rlhf_env.envs.binding import find_cores
 from rlhf_env.envs.rewards import scores_of
 from rlhf_env.envs.task import ScoreFn, TextTask
 from rlhf_env.errors import DataError
-from rlhf_env.functional import best_of_n, gae
+from rlhf_env.functional import best_of_n, gae, kl_k2, kl_k3, masked_sum
 from rlhf_env.intervals import mean_interval, rate_interval
 from rlhf_env.models.causal_lm import CausalLM
-from rlhf_env.text.prompts import prompt_indices
-from rlhf_env.training.collect import collect, teacher_forced_logp
+from rlhf_env.models.scoring import full_kl, teacher_forced_logp
+from rlhf_env.training.collect import collect
 from rlhf_env.types import Policy, RewardModel, Rollout
 
 _SHOWN = 12  # responses of which every token's numbers are kept
@@ -49,16 +49,17 @@ def evaluate(
 ) -> Evaluation:
     """Sample one response to each prompt and measure them, beside the reference's responses to the same prompts.
 
-    Metrics: `score`, `gold` (where a true reward is given), `kl` (nats per sequence to the reference), `length`,
+    Metrics: `score`, `gold` (where a true reward is given), `kl` (nats per sequence to the reference, by the estimators
+    k1, `kl_k2` and `kl_k3`, and `kl_full`: summed over the vocabulary in every state that was visited), `length`,
     `eos_rate`, `distinct_1` and `distinct_2` (distinct share of token n-grams over all responses), `perplexity` of
     `text` per token, and `win_rate` against the reference by the score (ties count half), with 95 % intervals: normal
     for means, Wilson for rates. What is measured of the reference's responses is called `reference_score` and so on.
     The reference draws with the same random numbers, so equal policies give equal texts.
     """
     core = find_cores(envs)[0]
-    task, beta = core.task, core.beta
+    task, beta = core.task, core.beta_state()
     if prompts is None:
-        prompts = [task.prompts[row] for row in prompt_indices(seed, 0, episodes, len(task.prompts))]
+        prompts, _ = task.prompts_at(seed, 0, episodes)
     own = collect(policy, envs, prompts, seed=seed, greedy=greedy, progress=progress)
     samples = _rows(task, prompts, own, gold)
     metrics = _measured(own, samples)
@@ -71,6 +72,11 @@ def evaluate(
         assert task.reference is not None
         if not greedy:  # the log-ratio of the most probable tokens is no estimate of the KL
             metrics |= mean_interval("kl", own.kl.numpy(force=True))
+            for name, estimator in (("kl_k2", kl_k2), ("kl_k3", kl_k3)):
+                nats = masked_sum(estimator(own.logp, own.ref_logp), own.response_mask, dim=1)
+                metrics |= mean_interval(name, nats.numpy(force=True))
+            if all(hasattr(model, "response_log_probs") for model in (policy, task.reference)):
+                metrics |= mean_interval("kl_full", full_kl(policy, task.reference, own).numpy(force=True))
         theirs = collect(task.reference, envs, prompts, seed=seed, greedy=greedy, progress=progress)
         others = _rows(task, prompts, theirs, gold)
         metrics |= {f"reference_{name}": value for name, value in _measured(theirs, others).items()}
@@ -85,7 +91,7 @@ def evaluate(
             row["reference"] = {**numbers, "facts": _facts(other)}
     for row, sample in zip(tokens, samples, strict=False):
         row["policy"]["facts"] = _facts(sample)
-    core.beta = beta  # an adaptive β does not learn from evaluation
+    core.load_beta_state(beta)  # evaluation is not part of training: an adaptive or scheduled β takes no note of it
     if text is not None:
         metrics["perplexity"] = perplexity(policy, task, text)
     return Evaluation(metrics, samples, tokens)

@@ -101,8 +101,12 @@ def generate(config: GenerateConfig, *, progress: Progress | None = None) -> lis
 def unscored_envs(
     env: EnvConfig, num_envs: int, prompts: Sequence[str], file: str, policy: CausalLM
 ) -> TextGenerationVectorEnv:
-    """An environment to sample responses from, with neither reward nor reference."""
-    return make_envs(env, num_envs, prompts, file, policy, _unscored, None, 0.0)
+    """An environment to sample responses from, without reward and KL.
+
+    Where the law truncates, the policy's own probabilities decide, since it is the reference here.
+    """
+    reference = policy if env.top_k or env.top_p < 1 else None
+    return make_envs(env, num_envs, prompts, file, policy, _unscored, reference, 0.0)
 
 
 def _unscored(prompts: list[str], responses: list[str]) -> np.ndarray:

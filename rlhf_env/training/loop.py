@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_env.errors import ConfigError
+from rlhf_env.functional import kl_k2, kl_k3, masked_sum
 from rlhf_env.training.collect import collect
 from rlhf_env.types import Agent, Rollout
 
@@ -59,10 +60,16 @@ def train(
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Means over a rollout's episodes: score, KL in nats per sequence, return, length in tokens, and so on."""
+    """Means over a rollout's episodes: score, KL in nats per sequence, return, length in tokens, and so on.
+
+    `kl` is the estimator k1, the one that the reward contains; `kl_k3` estimates the same, with less variance
+    where policy and reference are close.
+    """
     return {
         "score": float(rollout.score.mean()),
         "kl": float(rollout.kl.mean()),
+        "kl_k2": float(masked_sum(kl_k2(rollout.logp, rollout.ref_logp), rollout.response_mask, dim=1).mean()),
+        "kl_k3": float(masked_sum(kl_k3(rollout.logp, rollout.ref_logp), rollout.response_mask, dim=1).mean()),
         "return": float(rollout.reward.sum(1).mean()),
         "penalty": float(rollout.penalty.mean()),
         "beta": float(rollout.beta.mean()),

@@ -133,7 +133,7 @@ def _save(run: Run, agent: Agent, parts: Parts, spent: Spent) -> None:
         run.checkpoints,
         spent.updates,
         tensors={"agent": tensors, "random": {"cpu": torch.get_rng_state()}},
-        state={"agent": tree, "spent": dataclasses.asdict(spent), "beta": parts.envs.beta},
+        state={"agent": tree, "spent": dataclasses.asdict(spent), "beta": parts.envs.core.beta_state()},
         write_model=parts.policy.save_pretrained,
     )
 
@@ -147,7 +147,7 @@ def _restore(config: TrainConfig, run: Run, agent: Agent, parts: Parts) -> Spent
         parts.policy.load_state_dict(trained.state_dict())
         agent.load_state_dict(unflatten_state(checkpoint.tensors.get("agent", {}), checkpoint.state["agent"]))
         torch.set_rng_state(checkpoint.tensors["random"]["cpu"])
-        parts.envs.beta = checkpoint.state["beta"]
+        parts.envs.core.load_beta_state(checkpoint.state["beta"])
         spent = Spent(**checkpoint.state["spent"])
     run.truncate_metrics(spent.updates)
     return spent

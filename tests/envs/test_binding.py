@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 import rlhf_env
 from rlhf_env.envs.binding import bind_policy, find_cores
 from rlhf_env.errors import ConfigError, MissingLogProbError
+from rlhf_env.models.reading import left_padded
 from tests.builders import EOS, make_env, make_envs, random_model
 
 
@@ -102,3 +103,34 @@ def test_top_level_push_goes_through_wrappers_and_takes_tensors():
         rlhf_env.push_logprobs(envs, logp, actions)
         rewards.append(envs.step(actions.numpy())[1])
     np.testing.assert_allclose(rewards[0], rewards[1], atol=1e-5)
+
+
+def test_an_agents_trained_weights_are_bitwise_equal_however_log_pi_is_told():
+    """REINFORCE on stepped rewards: pushed, bound as a function, and bound as the model itself."""
+
+    def trained(told: str) -> list[torch.Tensor]:
+        envs, policy = make_envs(4), random_model(seed=1)
+        law = envs.task.law
+        if told == "bound":
+            bind_policy(envs, lambda observation, actions: policy.action_log_probs(observation, actions, law))
+        elif told == "the model":
+            bind_policy(envs, policy)
+        optimizer, rng = torch.optim.Adam(policy.parameters(), lr=1e-2), np.random.default_rng(0)
+        observation, _ = envs.reset(seed=0)
+        for _ in range(6):
+            actions = rng.integers(0, 9, 4)
+            if told == "pushed":
+                envs.push_logprobs(policy.action_log_probs(observation, actions, law), actions)
+            tensors = {name: torch.as_tensor(values) for name, values in observation.items()}
+            ids, mask = left_padded(tensors["input_ids"], tensors["attention_mask"].bool())
+            logits, _ = policy(ids, mask, keep=1)
+            logp = law.log_probs(logits[:, -1], tensors["response_mask"].sum(1))[torch.arange(4), actions]
+            observation, reward, *_ = envs.step(actions)
+            optimizer.zero_grad()
+            (-torch.as_tensor(reward).float() * logp).mean().backward()
+            optimizer.step()
+        return [p.detach().clone() for p in policy.parameters()]
+
+    pushed, bound, model = (trained(told) for told in ("pushed", "bound", "the model"))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(pushed, bound, model, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(pushed, random_model(seed=1).parameters(), strict=True))

@@ -1,10 +1,12 @@
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_env.errors import ConfigError, DataError
-from rlhf_env.text.prompts import load_prompts, openings, prompt_indices
+from rlhf_env.text.prompts import load_prompts, openings, prompt_indices, split_by_hash
 
 
 def test_jsonl_gives_the_field_of_each_row(tmp_path):
@@ -103,3 +105,46 @@ def test_positions_of_no_prompts_are_refused():
         prompt_indices(0, 0, 1, 0)
     with pytest.raises(ConfigError, match="start"):
         prompt_indices(0, -1, 1, 5)
+
+
+# --- the two sides of a split -----------------------------------------------------------------------
+
+
+def test_a_split_by_hand():
+    """The side is that of the first 64 bits of SHA-256 of the salt, a zero byte and the text, below share · 2^64."""
+    texts = [f"prompt {i}" for i in range(40)]
+    first, second = split_by_hash(texts, 0.25)
+    expected = [t for t in texts if int(hashlib.sha256(b"\0" + t.encode()).hexdigest()[:16], 16) < 2**62]
+    assert second == expected and first == [t for t in texts if t not in expected]
+    assert 3 <= len(second) <= 18
+    assert split_by_hash(texts, 0.25, salt="other")[1] != second
+
+
+@given(st.lists(st.text(max_size=3), max_size=30), st.floats(0.01, 0.99), st.randoms(use_true_random=False))
+def test_the_sides_are_apart_complete_and_stable(texts, share, random):
+    first, second = split_by_hash(texts, share)
+    assert sorted(first + second) == sorted(texts)
+    assert not set(first) & set(second), "equal texts are on one side"
+    order = [t for t in dict.fromkeys(texts)]
+    assert first == [t for t in texts if t in set(first)], "in the order they had"
+    random.shuffle(order)
+    others = ["something new", *order[: len(order) // 2]]
+    moved = split_by_hash(others, share)
+    for side, now in zip((first, second), moved, strict=True):
+        assert set(now) - {"something new"} == set(side) & set(others), "where it was, whoever came or went"
+
+
+def test_a_larger_share_only_adds():
+    texts = [str(i) for i in range(200)]
+    shares = [set(split_by_hash(texts, share)[1]) for share in (0.1, 0.3, 0.9)]
+    assert shares[0] < shares[1] < shares[2]
+
+
+def test_a_lone_surrogate_has_a_side_too():
+    assert sum(map(len, split_by_hash(["\ud800"], 0.5))) == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, float("nan")])
+def test_a_share_that_leaves_a_side_empty_is_refused(share):
+    with pytest.raises(ConfigError, match="share of a split must be between 0 and 1"):
+        split_by_hash(["a"], share)

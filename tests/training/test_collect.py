@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from rlhf_env.envs.beta import AdaptiveBeta
-from rlhf_env.envs.binding import bind_policy
 from rlhf_env.errors import (
     ConfigError,
     NegativeKLWarning,
@@ -20,60 +20,109 @@ from rlhf_env.errors import (
     TokenizerError,
 )
 from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.models.scoring import teacher_forced_logp
 from rlhf_env.models.tiny import tiny_config
 from rlhf_env.text.tokenizers import char_tokenizer
 from rlhf_env.training.collect import collect
 from tests.builders import PROMPTS, make_envs, random_model
-
-CASES = [
-    {"kl_mode": mode, "kl_placement": placement}
-    for mode, placement in itertools.product(["reward", "observe"], ["token", "terminal"])
-] + [{"kl_mode": "reference"}]
+from tests.envs.playing import step_through
 
 
+class Tokens:
+    """A process reward with named parts for the whole."""
+
+    def score_tokens(self, prompts, responses):
+        return [
+            [0.1 * len(p) + 0.01 * t - len("".join(r[: t + 1])) for t in range(len(r))]
+            for p, r in zip(prompts, responses, strict=True)
+        ]
+
+    def score(self, prompts, responses):
+        return {"length": [len(r) for r in responses], "prompt": [0.5 * len(p) for p in prompts]}
+
+
+PLAIN = {"temperature": 0.8, "banned_tokens": (8, 10), "missing_eos_penalty": 0.5, "stop_strings": ("hh",)}
+CASES: dict[str, dict[str, Any]] = {
+    **{
+        f"{mode}-{placement}": {**PLAIN, "kl_mode": mode, "kl_placement": placement}
+        for mode, placement in itertools.product(["reward", "observe"], ["token", "terminal"])
+    },
+    "reference": {**PLAIN, "kl_mode": "reference"},
+    "off": {"kl_mode": "off", "missing_eos_penalty": 0.5},
+    "top-k": {"top_k": 3, "min_new_tokens": 1},
+    "top-p": {"top_p": 0.9, "temperature": 2.5},
+    "top-k and top-p": {**PLAIN, "top_k": 6, "top_p": 0.8, "min_new_tokens": 2},
+    "top-p, reference": {"top_p": 0.7, "kl_mode": "reference"},
+    "top-k, off": {"top_k": 3, "kl_mode": "off"},
+    "candidates": {"top_k": 4, "action": "candidate", "temperature": 1.3, "banned_tokens": (8,)},
+    "deferred-token": {"reference_backend": "deferred", "missing_eos_penalty": 0.5},
+    "deferred-terminal": {"reference_backend": "deferred", "kl_placement": "terminal"},
+    "full": {"reference_backend": "full"},
+    "process": {"reward_model": Tokens(), "missing_eos_penalty": 0.5, "length_penalty": 0.1},
+    "process-terminal": {"reward_model": Tokens(), "kl_placement": "terminal", "length_penalty": 0.1},
+    "process-deferred": {"reward_model": Tokens(), "reference_backend": "deferred", "top_k": 0},
+    "process-reference": {"reward_model": Tokens(), "kl_mode": "reference", "top_k": 5},
+    "context": {"context_length": 8, "missing_eos_penalty": 0.5, "length_penalty": 0.2},
+    "context and top-p": {"context_length": 8, "top_p": 0.9, "missing_eos_penalty": 0.5},
+    "groups": {"group_size": 3, "top_k": 5},
+    "stop strings": {"stop_strings": ("ab", "bc", "h", "gag"), "missing_eos_penalty": 0.5},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(c.values()))
 def test_collect_equals_stepping(case, dtype, tolerance):
+    kwargs = CASES[case]
     reference, policy = random_model(dtype=dtype), random_model(dtype=dtype, seed=1)
-    envs = make_envs(
-        3,
-        reference=reference,
-        temperature=0.8,
-        banned_tokens=(8, 10),
-        missing_eos_penalty=0.5,
-        stop_strings=("hh",),
-        **case,
-    )
-    prompts = [PROMPTS[i % 4] for i in range(20)]
-    rollout = collect(policy, envs, prompts, seed=4)
+    envs = make_envs(3, reference=reference, **kwargs)
+    rollout = collect(policy, envs, [PROMPTS[i % 4] for i in range(16)], seed=4)
     assert rollout.ended.any() and not rollout.ended.all(), "both endings must occur"
+    rewards, last = step_through(rollout, policy, reference=reference, **kwargs)
+    late = "deferred" in case and kwargs.get("kl_placement", "token") == "token"  # charged in a lump, at the end
+    own = rollout.reward.double()
+    np.testing.assert_allclose(own.sum(1) if late else own, rewards.sum(1) if late else rewards, atol=6 * tolerance)
+    for i, final in enumerate(last):
+        assert final["score"] == pytest.approx(rollout.score[i].item(), abs=6 * tolerance)
+        assert final["penalty"] == pytest.approx(rollout.penalty[i].item())
+        assert (final["stop_reason"] in ("length", "context")) == (not rollout.ended[i])
+        assert final["response_length"] == rollout.lengths[i]
+        paid = final["score"] - final["penalty"]
+        if kwargs.get("kl_mode", "reward") in ("reward", "observe"):
+            assert final["kl"] == pytest.approx(rollout.kl[i].item(), abs=10 * tolerance)
+        if kwargs.get("kl_mode", "reward") == "reward":
+            paid -= 0.3 * final["kl"]
+        if kwargs.get("kl_mode") != "reference":
+            assert rewards[i].sum() == pytest.approx(paid, abs=1e-9)
+            assert own[i].sum().item() == pytest.approx(paid, abs=10 * tolerance)
+    if case == "context":
+        assert {f["stop_reason"] for f in last} >= {"context", "length"}
+    if case == "stop strings":
+        assert {f["stop_reason"] for f in last} >= {"stop_string", "length"}
 
-    stepped = make_envs(
-        20,
-        reference=reference,
-        temperature=0.8,
-        banned_tokens=(8, 10),
-        missing_eos_penalty=0.5,
-        stop_strings=("hh",),
-        **case,
-    )
-    bind_policy(stepped, policy)
-    stepped.reset(seed=0, options={"prompt": prompts})
-    alive = np.ones(20, dtype=bool)
-    for t in range(rollout.response_ids.shape[1]):
-        actions = np.where(alive, rollout.response_ids[:, t].numpy(), 0)
-        _, reward, terminated, _, info = stepped.step(actions)
-        assert (rollout.response_mask[:, t].numpy() == alive).all()
-        np.testing.assert_allclose(rollout.reward[alive, t].numpy(), reward[alive], atol=tolerance)
-        for i in np.flatnonzero(terminated & alive):
-            final = {k: v[i] for k, v in info["final_info"].items()}
-            assert final["score"] == pytest.approx(rollout.score[i].item(), abs=tolerance)
-            assert final["penalty"] == pytest.approx(rollout.penalty[i].item())
-            assert (final["stop_reason"] == "length") == (not rollout.ended[i])
-            if "kl" in final and case["kl_mode"] != "reference":
-                assert final["kl"] == pytest.approx(rollout.kl[i].item(), abs=10 * tolerance)
-        alive &= ~terminated
-    assert not alive.any()
+
+def test_what_could_be_written_is_kept_with_the_rollout():
+    policy, reference = (random_model(dtype="float64", seed=seed) for seed in (1, 0))
+    rollout = collect(policy, make_envs(3, reference=reference, top_k=5, top_p=0.8), episodes=12)
+    assert rollout.candidates is not None and rollout.candidates.shape == (*rollout.response_ids.shape, 4)  # the widest
+    among = (rollout.candidates == rollout.response_ids.unsqueeze(-1)).any(-1)
+    assert among[rollout.response_mask].all()
+    assert (rollout.candidates[~rollout.response_mask] == -1).all()
+    torch.testing.assert_close(teacher_forced_logp(policy, rollout), rollout.logp, atol=1e-10, rtol=0)
+
+
+def test_each_response_is_as_long_as_its_own_prompt_allows():
+    envs = make_envs(2, reference=None, beta=0.0, context_length=8, max_new_tokens=6, min_new_tokens=6)
+    rollout = collect(random_model(), envs, ["abc", "efghab", "d", "abcdef"])
+    assert rollout.lengths.tolist() == [5, 2, 6, 2]
+    assert not rollout.ended.any()
+
+
+def test_a_response_does_not_depend_on_how_long_others_may_be():
+    envs = make_envs(2, reference=random_model(dtype="float64"), context_length=8)
+    policy = random_model(dtype="float64", seed=1)
+    together, alone = collect(policy, envs, ["efghab", "d"]), collect(policy, envs, ["efghab"])
+    width = alone.response_ids.shape[1]
+    assert torch.equal(together.response_ids[:1, :width], alone.response_ids)
 
 
 @pytest.mark.parametrize("placement", ["token", "terminal"])
