@@ -12,10 +12,13 @@ import gymnasium as _gym
 
 if TYPE_CHECKING:
     from rlhf_env.envs.beta import AdaptiveBeta as AdaptiveBeta
+    from rlhf_env.envs.beta import ScheduledBeta as ScheduledBeta
     from rlhf_env.envs.binding import bind_policy as bind_policy
     from rlhf_env.envs.binding import push_logprobs as push_logprobs
+    from rlhf_env.envs.checker import check_token_env as check_token_env
     from rlhf_env.envs.single import TextGenerationEnv as TextGenerationEnv
     from rlhf_env.envs.vector import TextGenerationVectorEnv as TextGenerationVectorEnv
+    from rlhf_env.errors import ContractError as ContractError
     from rlhf_env.errors import MissingLogProbError as MissingLogProbError
     from rlhf_env.errors import RLHFEnvError as RLHFEnvError
     from rlhf_env.errors import UnboundPolicyWarning as UnboundPolicyWarning
@@ -31,14 +34,17 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AdaptiveBeta": "envs.beta",
     "CausalLM": "models.causal_lm",
+    "ContractError": "errors",
     "MissingLogProbError": "errors",
     "RLHFEnvError": "errors",
     "Rollout": "types",
     "SamplingLaw": "types",
+    "ScheduledBeta": "envs.beta",
     "TextGenerationEnv": "envs.single",
     "TextGenerationVectorEnv": "envs.vector",
     "UnboundPolicyWarning": "errors",
     "bind_policy": "envs.binding",
+    "check_token_env": "envs.checker",
     "collect": "training.collect",
     "evaluate": "training.evaluate",
     "push_logprobs": "envs.binding",
@@ -60,6 +66,7 @@ def __dir__() -> list[str]:
 for _id, _module in {
     "rlhf_env/TextGeneration-v0": "rlhf_env.worlds.text_generation",
     "rlhf_env/Enumerable-v0": "rlhf_env.worlds.enumerable",
+    "rlhf_env/Keywords-v0": "rlhf_env.worlds.keywords",
     "rlhf_env/Reviews-v0": "rlhf_env.worlds.reviews",
 }.items():
     _gym.register(_id, entry_point=f"{_module}:make_env", vector_entry_point=f"{_module}:make_vector_env")
