@@ -10,13 +10,13 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
-from stable_baselines3 import A2C, PPO
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3 import PPO
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import LinearSchedule
 
 from rlhf_env.agents.sb3 import EpisodeRolloutBuffer, LMActorCriticPolicy, SB3VecEnv, attach_sb3
+from rlhf_env.agents.sb3.callbacks import FinishedEpisodes
 from rlhf_env.envs.vector import TextGenerationVectorEnv
 from rlhf_env.errors import ConfigError, RLHFEnvError
 from rlhf_env.models.causal_lm import CausalLM
@@ -59,13 +59,15 @@ def sb3_class(agent: str, settings: Mapping[str, Any]) -> type[OnPolicyAlgorithm
 def make_sb3(config: TrainConfig, envs: TextGenerationVectorEnv) -> OnPolicyAlgorithm:
     """The algorithm of `config.agent` with the language model as its policy, attached to the environment.
 
-    Where the settings say nothing else, γ is 1 and a rollout is as many steps as the longest response.
+    Where the settings say nothing else, γ is 1 and a rollout is as many steps as the longest response. A
+    `learning_rate` of "lin_X" falls from X to 0 in a straight line, as in RL Zoo.
     """
     algorithm = sb3_class(config.agent, config.settings)
     settings: dict[str, Any] = {"gamma": 1.0, "n_steps": config.env.max_new_tokens, **config.settings}
-    if algorithm in (PPO, A2C):
-        settings["rollout_buffer_class"] = EpisodeRolloutBuffer
-    attention = None if algorithm in (PPO, A2C) else "eager"  # TRPO differentiates twice
+    settings["rollout_buffer_class"] = EpisodeRolloutBuffer
+    if isinstance(rate := settings.get("learning_rate"), str):
+        settings["learning_rate"] = _falling(rate)
+    attention = "eager" if algorithm.__name__ == "TRPO" else None  # it differentiates twice
 
     def load() -> CausalLM:
         model = CausalLM.from_pretrained(config.policy, device=config.device, dtype=config.dtype, attention=attention)
@@ -84,6 +86,13 @@ def make_sb3(config: TrainConfig, envs: TextGenerationVectorEnv) -> OnPolicyAlgo
     return model
 
 
+def _falling(rate: str) -> LinearSchedule:
+    try:
+        return LinearSchedule(float(rate.removeprefix("lin_")), 0.0, 1.0)
+    except ValueError:
+        raise ConfigError(f"settings.learning_rate must be a number, or lin_ and a number, got {rate!r}") from None
+
+
 def train_sb3(
     model: OnPolicyAlgorithm,
     config: TrainConfig,
@@ -98,7 +107,7 @@ def train_sb3(
     return model.policy.lm  # type: ignore[return-value]
 
 
-class _Rows(BaseCallback):
+class _Rows(FinishedEpisodes):
     """One row of metrics per rollout and update, and a checkpoint of the policy where one is due."""
 
     def __init__(
@@ -111,7 +120,7 @@ class _Rows(BaseCallback):
         super().__init__()
         self.config, self.run, self.finish_row, self.on_update = config, run, finish_row, on_update
         self.updates, self.episodes, self.over = 0, 0, False
-        self.finished: list[dict[str, Any]] = []
+        self.means: dict[str, float] = {}  # over the episodes of the rollout whose row is not closed yet
         self.began = self.sampled = 0.0
 
     def _on_rollout_start(self) -> None:
@@ -121,14 +130,12 @@ class _Rows(BaseCallback):
         self.began = time.perf_counter()
 
     def _on_step(self) -> bool:
-        if self.over:
-            return False
-        self.finished += [info for info, done in zip(self.locals["infos"], self.locals["dones"], strict=True) if done]
-        return True
+        return not self.over and super()._on_step()
 
     def _on_rollout_end(self) -> None:
         self.updates += 1
-        self.episodes += len(self.finished)
+        finished, self.means = self.take()
+        self.episodes += finished
         self.sampled = time.perf_counter()
 
     def _on_training_end(self) -> None:
@@ -150,12 +157,11 @@ class _Rows(BaseCallback):
             "update": self.updates,
             "episodes": self.episodes,
             "tokens": self.num_timesteps,
-            **episode_means(self.finished),
+            **self.means,
             **{name: float(value) for name, value in logged.items()},
             "seconds": time.perf_counter() - self.began,
             "seconds_sampling": self.sampled - self.began,
         }
-        self.finished = []
         policy: CausalLM = self.model.policy.lm  # type: ignore[assignment]
         row = self.finish_row(row, policy)
         if (every := self.config.checkpoint_every) and self.updates % every == 0:
@@ -165,17 +171,6 @@ class _Rows(BaseCallback):
             )
         if self.on_update is not None:
             self.on_update(row)
-
-
-def episode_means(infos: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over finished episodes, named as those of `train`; nothing where none finished."""
-    if not infos:
-        return {}
-    columns = {name: np.array([info[name] for info in infos]) for name in ("score", "kl", "penalty", "beta")}
-    returns = columns["score"] - columns["penalty"] - columns["beta"] * columns["kl"]
-    columns |= {"return": returns, "length": np.array([info["response_length"] for info in infos])}
-    columns["eos_rate"] = np.array([info["stop_reason"] != "length" for info in infos])
-    return {name: float(values.mean()) for name, values in columns.items()}
 
 
 def _available() -> dict[str, type[OnPolicyAlgorithm]]:

@@ -2,81 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from stable_baselines3 import A2C, DQN, PPO
+from gymnasium.wrappers.vector import RecordEpisodeStatistics, TransformReward
+from stable_baselines3 import A2C
+from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
 from rlhf_env.agents.sb3 import EpisodeRolloutBuffer, LMActorCriticPolicy, SB3VecEnv, attach_sb3
-from rlhf_env.envs.binding import bind_policy
 from rlhf_env.envs.single import TextGenerationEnv
 from rlhf_env.errors import ConfigError, MissingLogProbError, TokenizerError
-from rlhf_env.text.tokenizers import char_tokenizer
 from rlhf_env.worlds.enumerable import EnumerableWorld
+from tests.agents.sb3 import make_model, same, weights
 from tests.builders import PROMPTS, letter_score, make_envs, random_model
-
-
-def make_model(env: Any, *, attach: bool = True, policy: Any = LMActorCriticPolicy, **kwargs: Any) -> PPO:
-    defaults = {
-        "gamma": 1.0,
-        "n_steps": 8,
-        "batch_size": 16,
-        "n_epochs": 2,
-        "seed": 0,
-        "policy_kwargs": {"model": lambda: random_model(seed=1)},
-        "rollout_buffer_class": EpisodeRolloutBuffer,
-        "device": "cpu",
-    }
-    model = PPO(policy, env, **(defaults | kwargs))
-    if attach:
-        attach_sb3(model)
-    return model
-
-
-def weights(model: Any) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in model.policy.parameters()]
-
-
-def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_the_policy_starts_as_the_model_exactly():
     model = make_model(SB3VecEnv(make_envs(4)))
     for a, b in zip(model.policy.lm.parameters(), random_model(seed=1).parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_trained_weights_are_bitwise_equal_through_hook_bind_and_push():
-    class Pushing(LMActorCriticPolicy):
-        def forward(self, obs, deterministic=False):
-            actions, values, logp = super().forward(obs, deterministic)
-            envs.push_logprobs(logp.numpy(), actions.numpy())
-            return actions, values, logp
-
-    hooked = make_model(SB3VecEnv(make_envs(4))).learn(64)
-
-    envs = make_envs(4)
-    bound = make_model(SB3VecEnv(envs), attach=False)
-
-    def log_prob(obs, actions):
-        with torch.no_grad():
-            tensors = {k: torch.as_tensor(v) for k, v in obs.items()}
-            return bound.policy.evaluate_actions(tensors, torch.as_tensor(actions))[1].numpy()
-
-    bind_policy(envs, log_prob)
-    bound.learn(64)
-
-    envs = make_envs(4)
-    pushed = make_model(SB3VecEnv(envs), attach=False, policy=Pushing).learn(64)
-    assert same(weights(hooked), weights(bound))
-    assert same(weights(hooked), weights(pushed))
-    assert not same(weights(hooked), [p.detach() for p in make_model(SB3VecEnv(make_envs(4))).policy.parameters()])
 
 
 def test_the_adapter_is_a_dummy_vec_env():
@@ -118,62 +66,6 @@ def test_what_the_buffer_holds_adds_up():
     assert len(episodes) > 10
     for e in episodes:
         assert e["r"] == pytest.approx(e["score"] - e["beta"] * e["kl"] - e["penalty"], abs=1e-5)
-
-
-@pytest.mark.parametrize("batch_size", [1, 7, 16, 1000, None])
-def test_minibatches_are_whole_episodes_and_each_transition_comes_once(batch_size):
-    model = make_model(SB3VecEnv(make_envs(4)), n_steps=12)
-    model.learn(48)
-    buffer = model.rollout_buffer
-    buffer.generator_ready = True
-    seen, sizes = [], []
-    for batch in buffer.get(batch_size):
-        obs = batch.observations
-        assert len(obs["row"]) == len(batch.actions)
-        assert obs["row"].unique().tolist() == list(range(len(obs["input_ids"])))
-        for row in range(len(obs["input_ids"])):  # within an episode: consecutive states up to the last
-            ends = obs["before_end"][obs["row"] == row].tolist()
-            assert ends == list(range(len(ends)))[::-1]
-        seen.extend(zip(batch.old_log_prob.tolist(), batch.returns.tolist(), strict=True))
-        sizes.append(len(batch.actions))
-    assert sorted(seen) == sorted(
-        zip(buffer.log_probs.flatten().tolist(), buffer.returns.flatten().tolist(), strict=True)
-    )
-    if batch_size == 16:
-        assert max(sizes) - min(sizes) < 16
-
-
-def test_whole_episodes_and_token_rows_give_the_same_numbers():
-    model = make_model(SB3VecEnv(make_envs(4, temperature=0.7, min_new_tokens=2)), n_steps=12)
-    torch.nn.init.normal_(model.policy.lm.value_head.weight)
-    model.learn(48)
-    buffer, policy = model.rollout_buffer, model.policy
-    for indices in ([0, 1, 2], [12, 13], list(range(12, 24))):
-        starts = buffer.episode_starts.astype(bool)
-        starts[0] = True
-        flat = starts.T.reshape(-1)
-        episodes = [list(e) for e in np.split(np.arange(48), np.flatnonzero(flat)[1:])]
-        chosen = [np.array(e) for e in episodes if e[0] in indices]
-        by_episode = buffer._episode_samples(chosen)
-        by_row = buffer._get_samples(np.concatenate(chosen))
-        for a, b in zip(
-            policy.evaluate_actions(by_episode.observations, by_episode.actions),
-            policy.evaluate_actions(by_row.observations, by_row.actions),
-            strict=True,
-        ):
-            torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-        torch.testing.assert_close(
-            policy.get_distribution(by_episode.observations).distribution.logits,
-            policy.get_distribution(by_row.observations).distribution.logits,
-            atol=1e-4,
-            rtol=0,
-        )
-        torch.testing.assert_close(
-            policy.predict_values(by_episode.observations),
-            policy.predict_values(by_row.observations),
-            atol=1e-4,
-            rtol=0,
-        )
 
 
 def test_with_learning_rate_zero_ratios_stay_one():
@@ -231,37 +123,8 @@ def test_a2c_learns_on_a_small_world():
         rollout_buffer_class=EpisodeRolloutBuffer,
     )
     attach_sb3(model)
-    model.learn(64 * 3 * 100)
+    model.learn(64 * 3 * 30)
     assert world.gain(model.policy.lm) > 0.8
-
-
-def test_save_and_load_do_not_hold_the_language_model_twice(tmp_path):
-    random_model(seed=1).save_pretrained(tmp_path / "lm")
-    model = make_model(SB3VecEnv(make_envs(4)), policy_kwargs={"model": str(tmp_path / "lm")})
-    model.learn(32)
-    model.save(tmp_path / "model.zip")
-    size = sum(p.numel() * p.element_size() for p in model.policy.parameters())
-    assert (tmp_path / "model.zip").stat().st_size < 3.5 * size  # weights and Adam's two moments
-    loaded = PPO.load(tmp_path / "model.zip", device="cpu")
-    assert same(weights(model), weights(loaded))
-
-
-def test_what_cannot_work_says_so():
-    envs = SB3VecEnv(make_envs(2))
-    with pytest.raises(ConfigError, match="norm_obs=False"):
-        attach_sb3(make_model(VecNormalize(envs, norm_obs_keys=["input_ids"]), attach=False))
-    with pytest.raises(ConfigError, match="SAME_STEP"):
-        SB3VecEnv(make_envs(2, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP))
-    with pytest.raises(ConfigError, match="pretrained weights"):
-        make_model(envs, policy_kwargs={"model": random_model, "ortho_init": True})
-    with pytest.raises(ConfigError, match="kl_mode='reference'"):
-        attach_sb3(DQN("MultiInputPolicy", envs, device="cpu", buffer_size=100))
-    with pytest.raises(ConfigError, match="wraps a TextGenerationVectorEnv"):
-        SB3VecEnv(gym.make_vec("CartPole-v1", num_envs=2))
-    with pytest.raises(TokenizerError, match="vocabulary has 11 tokens but this model's tokenizer 4"):
-        world = EnumerableWorld.make(0, vocab_size=4, length=3)
-        make_model(envs, policy_kwargs={"model": world.policy})
-    assert char_tokenizer("ab", special=False)
 
 
 def test_masked_ppo_is_charged_its_own_masked_policy():
@@ -301,3 +164,92 @@ def test_prediction_needs_an_environment_without_kl():
     actions, _ = model.predict(obs)
     with pytest.raises(MissingLogProbError, match="kl_mode='off'"):
         env.step(actions)
+
+
+def test_environments_that_sb3_cannot_step_are_refused():
+    with pytest.raises(ConfigError, match="SAME_STEP"):
+        SB3VecEnv(make_envs(2, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP))
+    with pytest.raises(ConfigError, match="wraps a TextGenerationVectorEnv"):
+        SB3VecEnv(gym.make_vec("CartPole-v1", num_envs=2))
+    for wrapper in (RecordEpisodeStatistics, lambda envs: TransformReward(envs, lambda r: 2 * r)):
+        with pytest.raises(ConfigError, match="take it away, and wrap the SB3VecEnv with SB3's VecEnvWrapper"):
+            SB3VecEnv(wrapper(make_envs(2)))
+    with pytest.raises(TokenizerError, match="vocabulary has 11 tokens but this model's tokenizer 4"):
+        world = EnumerableWorld.make(0, vocab_size=4, length=3)
+        make_model(SB3VecEnv(make_envs(2)), policy_kwargs={"model": world.policy})
+
+
+@pytest.mark.parametrize("wrap", [lambda env: env, VecMonitor], ids=["plain", "monitored"])
+def test_sb3_evaluates_where_the_kl_is_off(wrap):
+    """Score minus penalty, since `predict` tells nobody log π."""
+    env = wrap(SB3VecEnv(make_envs(3, kl_mode="off")))
+    model = make_model(SB3VecEnv(make_envs(3)))
+    scores = []
+    returns, lengths = evaluate_policy(
+        model,
+        env,
+        n_eval_episodes=7,
+        return_episode_rewards=True,
+        warn=False,
+        callback=lambda found, _: scores.extend([found["info"]["score"]] if found["done"] else []),
+    )
+    assert len(returns) == 7 and all(1 <= n <= 6 for n in lengths)  # type: ignore[arg-type]
+    for value in returns:  # type: ignore[union-attr]
+        assert any(value == pytest.approx(score, abs=1e-5) for score in scores)
+
+
+def test_an_evaluation_between_the_steps_changes_nothing():
+    """Also with as many rows as the training has, whose contexts it makes the policy forget."""
+    alone = make_model(SB3VecEnv(make_envs(4))).learn(64)
+    calls = []
+
+    class Counted(EvalCallback):
+        def _on_step(self) -> bool:
+            state = torch.get_rng_state()
+            going_on = super()._on_step()
+            torch.set_rng_state(state)  # its sampling draws from the generator that the training draws from
+            calls.append(self.last_mean_reward)
+            return going_on
+
+    env = VecMonitor(SB3VecEnv(make_envs(4, kl_mode="off")))
+    watched = make_model(SB3VecEnv(make_envs(4))).learn(64, Counted(env, eval_freq=3, n_eval_episodes=4, verbose=0))
+    assert np.isfinite(calls[-1]) and len(set(calls)) > 2
+    for a, b in zip(weights(alone), weights(watched), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def test_attributes_are_set_for_all_or_not_at_all():
+    env = SB3VecEnv(make_envs(3))
+    env.set_attr("beta", 0.5)
+    env.set_attr("beta", 0.6, indices=[2, 0, 1])
+    assert env.get_attr("beta", indices=[0, 1]) == [0.6, 0.6]
+    with pytest.raises(ConfigError, match="all environments share one beta"):
+        env.set_attr("beta", 9.0, indices=[0])
+    with pytest.raises(AttributeError, match="has no attribute 'betta'"):
+        env.set_attr("betta", 9.0)
+    assert env.get_attr("beta") == [0.6] * 3
+
+
+def test_learning_goes_on_after_the_reward_model_failed():
+    failures = iter([False, True])
+
+    def flaky(prompts, responses):
+        if next(failures, False):
+            raise OSError("the server is gone")
+        return letter_score(prompts, responses)
+
+    model = make_model(SB3VecEnv(make_envs(4, reward_model=flaky)))
+    with pytest.raises(OSError, match="the server is gone") as failed:
+        model.learn(32)
+    assert "model.set_env(model.get_env())" in failed.value.__notes__[0]
+    with pytest.raises(RuntimeError, match="is over") as still:
+        model.learn(32, reset_num_timesteps=False)
+    assert "model.set_env(model.get_env())" in still.value.__notes__[0]
+    done = model.num_timesteps
+    model.set_env(model.get_env())
+    assert model.learn(32, reset_num_timesteps=False).num_timesteps == done + 32
+
+
+def test_normalised_rewards_keep_the_tokens():
+    model = make_model(VecNormalize(SB3VecEnv(make_envs(4)), norm_obs=False)).learn(32)
+    assert model.rollout_buffer.observations["input_ids"].dtype == np.int64
