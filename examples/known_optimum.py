@@ -19,13 +19,13 @@ from stable_baselines3 import PPO as SB3PPO
 from rlhf_env import TextGenerationVectorEnv, train
 from rlhf_env.agents.ppo import PPO, PPOConfig
 from rlhf_env.agents.sb3 import EpisodeRolloutBuffer, LMActorCriticPolicy, SB3VecEnv, attach_sb3
-from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.types import Policy
 from rlhf_env.worlds.enumerable import EnumerableWorld, best_of_n_log_probs
 
 BATCH = 256  # episodes per update, for both
 
 
-def ours(world: EnumerableWorld, updates: int, path: list[tuple[float, float]]) -> CausalLM:
+def ours(world: EnumerableWorld, updates: int, path: list[tuple[float, float]]) -> Policy:
     policy = world.policy()
     envs = TextGenerationVectorEnv(BATCH, **world.env_kwargs())
     config = PPOConfig(learning_rate=1e-3, batch_size=BATCH, epochs=1, value_coef=0.5)
@@ -35,7 +35,7 @@ def ours(world: EnumerableWorld, updates: int, path: list[tuple[float, float]]) 
     return policy
 
 
-def theirs(world: EnumerableWorld, updates: int) -> CausalLM:
+def theirs(world: EnumerableWorld, updates: int) -> Policy:
     envs = SB3VecEnv(TextGenerationVectorEnv(BATCH, **world.env_kwargs()))
     model = SB3PPO(
         LMActorCriticPolicy,
@@ -88,7 +88,7 @@ def main() -> None:
         world, path = EnumerableWorld.make(seed), []
         best_kl, best_gold = place(world, world.optimal_log_probs())
         for name, agent in {"ppo": partial(ours, path=path), "sb3:PPO": theirs}.items():
-            log_probs = world.sequence_log_probs(agent(world, arguments.updates).requires_grad_(False))
+            log_probs = world.sequence_log_probs(agent(world, arguments.updates)).detach()
             kl, gold = place(world, log_probs)
             optimum = f"({best_gold:.3f}, {best_kl:.3f})"
             print(f"{seed:>5}  {name:<7}{world.gain(log_probs):>8.2%}{gold:>8.3f}{kl:>8.3f}   {optimum}", flush=True)

@@ -1,4 +1,4 @@
-"""A world with a known truth: every response can be listed, so optimum, KL and gradient are numbers, not estimates.
+"""`rlhf_env/Enumerable-v0`: every response is listed, so optimum, frontier, KL, best-of-n and gain are known exactly.
 
 With N listed responses a policy is a vector of N log-probabilities and the objective of RLHF a finite sum,
 J(π) = E_π[r] − β KL(π ‖ ref). What maximises it is π* ∝ π_ref exp(r/β), and its value is β log E_ref[exp(r/β)]
@@ -13,7 +13,7 @@ import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -28,12 +28,15 @@ from rlhf_env.functional import gather_logp, kl_full
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.text.tokenizers import char_tokenizer
 from rlhf_env.types import Policy, Rollout, SamplingLaw
+from rlhf_env.worlds.small_policies import BigramPolicy, ResidualGRUPolicy
 
 PROMPT = "a"  #: stands before every response, as a BOS would
 MAX_SEQUENCES = 2**20
 _PREFIXES_PER_PASS = 512
 _INIT_RANGE = 0.18  # entropy per token of about 3/4 log V: a reference that knows something
 _HIDDEN = 16
+
+Language = Literal["transformer", "bigram"]
 
 # --- distributions over N listed responses ---------------------------------------------------------
 
@@ -79,14 +82,20 @@ class EnumerableWorld:
     vocab_size: int  # V
     length: int  # T
     beta: float  # reward per nat
-    reference: CausalLM = dataclasses.field(repr=False)
+    language: Language  # what the reference is
+    reference: CausalLM | BigramPolicy = dataclasses.field(repr=False)
     sequences: Tensor = dataclasses.field(repr=False)  # int64 [N, T]
     ref_log_probs: Tensor = dataclasses.field(repr=False)  # float64 [N]
     gold: Tensor = dataclasses.field(repr=False)  # float64 [N], mean 0 and variance 1 under the reference
 
     @classmethod
-    def make(cls, seed: int = 0, vocab_size: int = 8, length: int = 5, beta: float = 0.5) -> Self:
-        """The world number `seed` of its size, the same to the bit every time."""
+    def make(
+        cls, seed: int = 0, vocab_size: int = 8, length: int = 5, beta: float = 0.5, language: Language = "transformer"
+    ) -> Self:
+        """The world number `seed` of its size and language, the same to the bit every time.
+
+        The reference is a random GPT-2 of two layers ("transformer") or a random table of bigrams ("bigram").
+        """
         if not 2 <= vocab_size <= len(string.ascii_lowercase) or length < 1 or vocab_size**length > MAX_SEQUENCES:
             raise ConfigError(
                 f"vocab_size={vocab_size}, length={length}: an enumerable world has 2 to 26 letters, and at most "
@@ -94,21 +103,9 @@ class EnumerableWorld:
             )
         if not beta > 0:
             raise ConfigError(f"beta must be positive, got {beta}")
-        config = GPT2Config(
-            vocab_size=vocab_size,
-            n_positions=1 + length,
-            n_embd=64,
-            n_layer=2,
-            n_head=2,
-            initializer_range=_INIT_RANGE,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        tokenizer = char_tokenizer(string.ascii_lowercase[:vocab_size], special=False)
-        reference = CausalLM.from_config(config, tokenizer, seed=seed).requires_grad_(False)
+        reference = _random_reference(language, seed, vocab_size, length)
         sequences = torch.cartesian_prod(*[torch.arange(vocab_size)] * length).reshape(-1, length)
-        world = cls(seed, vocab_size, length, beta, reference, sequences, torch.empty(0), torch.empty(0))
+        world = cls(seed, vocab_size, length, beta, language, reference, sequences, torch.empty(0), torch.empty(0))
         ref_log_probs = world.sequence_log_probs(reference)
         gold = _random_gold(sequences, vocab_size, ref_log_probs.exp(), np.random.default_rng(seed))
         return dataclasses.replace(world, ref_log_probs=ref_log_probs, gold=gold)
@@ -120,8 +117,13 @@ class EnumerableWorld:
         """Every letter is allowed at every position, at temperature 1."""
         return SamplingLaw(self.vocab_size, eos_token_id=None)
 
-    def policy(self) -> CausalLM:
-        """A trainable copy of the reference; its value head is zero."""
+    def policy(self) -> CausalLM | ResidualGRUPolicy:
+        """A trainable policy that is the reference to begin with: a copy of it, or a GRU on top of the bigrams.
+
+        Its value head is zero.
+        """
+        if isinstance(self.reference, BigramPolicy):
+            return ResidualGRUPolicy(self.reference, seed=self.seed)
         return copy.deepcopy(self.reference).requires_grad_(True)
 
     def reward_model(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
@@ -131,7 +133,8 @@ class EnumerableWorld:
     def env_kwargs(self) -> dict[str, Any]:
         """Keywords for the environments.
 
-        Other keywords may join them, but `temperature` or `banned_tokens` make another task than the one listed here.
+        Other keywords may join them, but what changes the law (`temperature`, `banned_tokens`, `top_k`, `top_p`) makes
+        another task than the one listed here.
         """
         return {
             "prompts": (PROMPT,),
@@ -176,6 +179,20 @@ class EnumerableWorld:
         optima = [self.optimal_log_probs(beta) for beta in betas]
         return torch.stack([self.kl(x) for x in optima]), torch.stack([self.expected_gold(x) for x in optima])
 
+    def best_of_n(self, n: int) -> Tensor:
+        """Log-probabilities [N] of the best, by gold, of `n` draws from the reference."""
+        return best_of_n_log_probs(self.ref_log_probs, self.gold, n)
+
+    def best_deterministic(self, beta: float | None = None) -> tuple[int, float]:
+        """The row of the response of the highest gold + β log ref, and that objective.
+
+        It is the most that a policy can reach that always does the same in a state, as the greedy one of a learned
+        Q function does (`kl_mode="reference"`): its log π is 0.
+        """
+        objective = self.gold + self._beta(beta) * self.ref_log_probs
+        row = int(objective.argmax())
+        return row, objective[row].item()
+
     # --- what is true of a policy -------------------------------------------------------------------
 
     def sequence_log_probs(self, policy: Policy) -> Tensor:
@@ -184,6 +201,48 @@ class EnumerableWorld:
         Raises `ValueError` where the probabilities do not add up to 1.
         """
         return _normalised(torch.cat(list(self._passes(policy))))
+
+    def observations(self) -> dict[str, NDArray[Any]]:
+        """Every state in which a letter is to be chosen, as the environment shows it: arrays [S, 1 + T].
+
+        S = (V^T − 1) / (V − 1): the empty response first, then those of one letter, of two letters …, each in counting
+        order.
+        """
+        beginnings = [self.sequences[:: self.vocab_size ** (self.length - t), :t] for t in range(self.length)]
+        lengths = np.repeat(np.arange(self.length), [len(x) for x in beginnings])[:, None]  # [S, 1] letters so far
+        column = np.arange(1 + self.length)
+        ids = np.zeros((len(lengths), 1 + self.length), dtype=np.int64)  # the prompt's id and the padding's are both 0
+        first = 0
+        for t, letters in enumerate(beginnings):
+            ids[first : first + len(letters), 1 : 1 + t] = letters.numpy()
+            first += len(letters)
+        return {
+            "input_ids": ids,
+            "attention_mask": (column <= lengths).astype(np.int8),
+            "response_mask": ((column >= 1) & (column <= lengths)).astype(np.int8),
+        }
+
+    def from_states(self, log_probs: Tensor | NDArray[np.floating]) -> Tensor:
+        """log π of every response, [N], from next-letter log-probabilities [S, V] in the states of `observations()`.
+
+        So any policy at all can be measured: a neural network of one's own, a table, a deterministic one (0 and −∞).
+        Raises `ValueError` naming the first state whose probabilities do not add up to 1.
+        """
+        log_probs = torch.as_tensor(log_probs).double()
+        v, states = self.vocab_size, (self.vocab_size**self.length - 1) // (self.vocab_size - 1)
+        if log_probs.shape != (states, v):
+            raise ValueError(
+                f"log-probabilities of the next letter have shape {list(log_probs.shape)}, expected [{states}, {v}]: a "
+                "row for each state of observations(), a column for each letter"
+            )
+        total = log_probs.detach().exp().sum(1)
+        if (broken := ~((total - 1).abs() < 1e-3)).any():
+            row = int(broken.nonzero()[0])
+            raise ValueError(f"the probabilities of the next letter in state {row} add up to {total[row]:.4g}, not 1")
+        so_far = log_probs.new_zeros(1)
+        for letters in log_probs.log_softmax(1).split([v**t for t in range(self.length)]):
+            so_far = (so_far.unsqueeze(1) + letters).flatten()
+        return so_far
 
     def regret(self, policy: Policy | Tensor, beta: float | None = None) -> float:
         """J(π*) − J(π) = β KL(π ‖ π*), of a policy or of log-probabilities [N]."""
@@ -241,23 +300,7 @@ class EnumerableWorld:
 
     def _rollout(self, responses: Tensor, policy: Policy) -> Rollout:
         """The responses as finished episodes, of which only the token ids mean anything."""
-        n = len(responses)
-        by_token, by_episode = torch.zeros(n, self.length), torch.zeros(n)
-        rollout = Rollout(
-            prompt_ids=torch.zeros(n, 1, dtype=torch.int64),
-            prompt_mask=torch.ones(n, 1, dtype=torch.bool),
-            response_ids=responses,
-            response_mask=torch.ones(n, self.length, dtype=torch.bool),
-            logp=by_token,
-            ref_logp=by_token,
-            values=by_token,
-            reward=by_token,
-            score=by_episode,
-            penalty=by_episode,
-            beta=by_episode,
-            ended=torch.zeros(n, dtype=torch.bool),
-            law=self.law,
-        )
+        rollout = Rollout.of_tokens([[0]] * len(responses), responses.tolist(), self.law)
         return rollout.to(next(iter(policy.parameters())).device)
 
     def _row(self, i: int, text: str) -> int:
@@ -271,6 +314,26 @@ class EnumerableWorld:
         for letter in text:
             row = row * self.vocab_size + letters.index(letter)
         return row
+
+
+def _random_reference(language: Language, seed: int, vocab_size: int, length: int) -> CausalLM | BigramPolicy:
+    tokenizer = char_tokenizer(string.ascii_lowercase[:vocab_size], special=False)
+    if language == "bigram":
+        return BigramPolicy.random(tokenizer, seed=seed).requires_grad_(False)
+    if language != "transformer":
+        raise ConfigError(f"language must be transformer or bigram, got {language!r}")
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=1 + length,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        initializer_range=_INIT_RANGE,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return CausalLM.from_config(config, tokenizer, seed=seed).requires_grad_(False)
 
 
 def _normalised(log_probs: Tensor) -> Tensor:
@@ -304,17 +367,21 @@ def _standardised(x: Tensor, probs: Tensor) -> Tensor:
 # --- as registered environments --------------------------------------------------------------------
 
 
-def make_env(world_seed: int = 0, vocab_size: int = 8, length: int = 5, **env: Any) -> TextGenerationEnv:
+def make_env(
+    world_seed: int = 0, vocab_size: int = 8, length: int = 5, language: Language = "transformer", **env: Any
+) -> TextGenerationEnv:
     """`rlhf_env/Enumerable-v0`: the world as a Gymnasium environment; `env` are the environment's own keywords."""
-    return TextGenerationEnv(**(_shared(world_seed, vocab_size, length).env_kwargs() | env))
+    return TextGenerationEnv(**(_shared(world_seed, vocab_size, length, language).env_kwargs() | env))
 
 
-def make_vector_env(world_seed: int = 0, vocab_size: int = 8, length: int = 5, **env: Any) -> TextGenerationVectorEnv:
+def make_vector_env(
+    world_seed: int = 0, vocab_size: int = 8, length: int = 5, language: Language = "transformer", **env: Any
+) -> TextGenerationVectorEnv:
     """The same, batched: `num_envs` and `autoreset_mode` are among the keywords."""
-    return TextGenerationVectorEnv(**(_shared(world_seed, vocab_size, length).env_kwargs() | env))
+    return TextGenerationVectorEnv(**(_shared(world_seed, vocab_size, length, language).env_kwargs() | env))
 
 
 @lru_cache(maxsize=4)
-def _shared(seed: int, vocab_size: int, length: int) -> EnumerableWorld:
+def _shared(seed: int, vocab_size: int, length: int, language: Language) -> EnumerableWorld:
     # Many environments of one process are the same world, and its reference never changes.
-    return EnumerableWorld.make(seed, vocab_size, length)
+    return EnumerableWorld.make(seed, vocab_size, length, language=language)

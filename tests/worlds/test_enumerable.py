@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -105,7 +106,7 @@ def test_the_default_world(full_world: EnumerableWorld) -> None:
     assert full_world.sequences.shape == (32_768, 5)
     assert full_world.ref_log_probs.dtype == full_world.gold.dtype == torch.float64
     assert full_world.ref_log_probs.exp().sum().item() == pytest.approx(1, abs=1e-12)
-    assert repr(full_world) == "EnumerableWorld(seed=0, vocab_size=8, length=5, beta=0.5)"
+    assert repr(full_world) == "EnumerableWorld(seed=0, vocab_size=8, length=5, beta=0.5, language='transformer')"
 
 
 def test_log_probs_are_the_chain_rule_one_prefix_at_a_time(world: EnumerableWorld) -> None:
@@ -336,6 +337,165 @@ def test_following_the_gradient_closes_the_gap(world: EnumerableWorld) -> None:
             p.grad = -g
         optimizer.step()
     assert 0.95 < world.gain(policy) < 1
+
+
+# --- a language of bigrams -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bigrams() -> EnumerableWorld:
+    """81 responses of a table of bigrams."""
+    return EnumerableWorld.make(seed=2, vocab_size=3, length=4, language="bigram")
+
+
+def test_bigrams_multiply_along_the_response(bigrams: EnumerableWorld) -> None:
+    table = bigrams.reference.logits.detach().double().softmax(1)
+    for row, letters in enumerate(bigrams.sequences.tolist()):
+        probability = 1.0
+        for before, after in zip([0, *letters], letters, strict=False):  # the prompt is "a"
+            probability *= table[before, after].item()
+        assert bigrams.ref_log_probs[row].item() == pytest.approx(math.log(probability), abs=1e-5)
+
+
+def test_bigrams_are_the_same_world_every_time_and_another_than_the_transformers(bigrams: EnumerableWorld) -> None:
+    torch.manual_seed(5)
+    again = EnumerableWorld.make(seed=2, vocab_size=3, length=4, language="bigram")
+    assert torch.equal(again.ref_log_probs, bigrams.ref_log_probs) and torch.equal(again.gold, bigrams.gold)
+    for kwargs in ({"seed": 1, "language": "bigram"}, {"seed": 2, "language": "transformer"}):
+        other = EnumerableWorld.make(vocab_size=3, length=4, **kwargs)
+        assert (other.ref_log_probs - bigrams.ref_log_probs).abs().max() > 0.1
+    with pytest.raises(ConfigError, match="transformer or bigram, got 'trigram'"):
+        EnumerableWorld.make(language="trigram")
+
+
+def test_the_bigram_references_have_learned_something_too() -> None:
+    """As much on average as the transformers; single tables differ more."""
+    shares = []
+    for seed in range(20):
+        world = EnumerableWorld.make(seed, 8, 3, language="bigram")
+        shares.append(-(world.ref_log_probs.exp() * world.ref_log_probs).sum().item() / (3 * math.log(8)))
+    assert 0.7 < np.mean(shares) < 0.8
+    assert 0.45 < min(shares) and max(shares) < 0.9
+
+
+def test_the_policy_on_bigrams_starts_as_they_are_and_can_learn(bigrams: EnumerableWorld) -> None:
+    policy = bigrams.policy()
+    assert torch.equal(bigrams.sequence_log_probs(policy).detach(), bigrams.ref_log_probs)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
+    for _ in range(150):
+        for p, g in zip(policy.parameters(), bigrams.exact_gradient(policy)[1], strict=True):
+            p.grad = -g
+        optimizer.step()
+    assert 0.98 < bigrams.gain(policy) < 1
+    assert torch.equal(bigrams.sequence_log_probs(bigrams.reference), bigrams.ref_log_probs)
+
+
+def test_exact_best_of_n_is_the_function_on_gold(bigrams: EnumerableWorld) -> None:
+    expected = best_of_n_log_probs(bigrams.ref_log_probs, bigrams.gold, 6)
+    assert torch.equal(bigrams.best_of_n(6), expected)
+    assert bigrams.expected_gold(bigrams.best_of_n(6)) > 1  # E of the best of 6 normal draws is 1.27
+
+
+# --- any policy, state by state ----------------------------------------------------------------------
+
+
+def prefixes(world: EnumerableWorld) -> list[list[int]]:
+    """Every unfinished response, short ones first."""
+    return [list(x) for t in range(world.length) for x in itertools.product(range(world.vocab_size), repeat=t)]
+
+
+def test_the_observations_are_those_of_the_environment(bigrams: EnumerableWorld) -> None:
+    states = bigrams.observations()
+    env = make_env(world_seed=2, vocab_size=3, length=4, language="bigram", kl_mode="off")
+    assert len(prefixes(bigrams)) == len(states["input_ids"]) == (3**4 - 1) // 2
+    for row, letters in enumerate(prefixes(bigrams)):
+        shown, _ = env.reset(seed=0)
+        for letter in letters:
+            shown = env.step(letter)[0]
+        assert shown.keys() == states.keys()
+        for name, part in shown.items():
+            assert states[name].dtype == part.dtype
+            np.testing.assert_array_equal(states[name][row], part)
+
+
+def test_from_states_by_hand() -> None:
+    """Two letters, two places: a first letter, then one after a and one after b."""
+    world = EnumerableWorld.make(vocab_size=2, length=2)
+    states = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.9, 0.1]]).log()
+    torch.testing.assert_close(world.from_states(states).exp(), f64(0.125, 0.125, 0.675, 0.075))
+    assert world.from_states(states.numpy()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("language", ["transformer", "bigram"])
+def test_from_states_is_the_policy_listed(language: str) -> None:
+    world = EnumerableWorld.make(seed=1, vocab_size=3, length=4, language=language)
+    policy = perturbed(world.policy()).double()
+    states, actions = world.observations(), np.arange(3)
+    asked = [  # as an environment would ask
+        policy.action_log_probs({k: np.repeat(v[[row]], 3, 0) for k, v in states.items()}, actions, world.law)
+        for row in range(len(states["input_ids"]))
+    ]
+    expected = world.sequence_log_probs(policy).detach()
+    torch.testing.assert_close(world.from_states(np.stack(asked)), expected, rtol=0, atol=1e-10)
+    assert world.kl(expected) > 0.01
+
+
+def one_hot_policy(world: EnumerableWorld, response: list[int]) -> Tensor:
+    """Writes `response`, and a wherever that is impossible."""
+    states = torch.full(((world.vocab_size**world.length - 1) // (world.vocab_size - 1), world.vocab_size), -torch.inf)
+    for row, letters in enumerate(prefixes(world)):
+        states[row, response[len(letters)] if letters == response[: len(letters)] else 0] = 0
+    return states
+
+
+def test_a_deterministic_policy_is_its_only_response(world: EnumerableWorld) -> None:
+    for row in (0, 27, 63):
+        log_probs = world.from_states(one_hot_policy(world, world.sequences[row].tolist()))
+        assert log_probs.exp().nonzero().flatten().tolist() == [row]
+        assert world.expected_gold(log_probs).item() == world.gold[row].item()
+        assert world.kl(log_probs).item() == pytest.approx(-world.ref_log_probs[row].item(), abs=1e-12)
+        assert math.isfinite(world.gain(log_probs)) and world.regret(log_probs) > 0
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_no_deterministic_policy_beats_the_best_one(world: EnumerableWorld, beta: float) -> None:
+    row, value = world.best_deterministic(beta)
+    each = [
+        world.objective(world.from_states(one_hot_policy(world, letters)), beta).item()
+        for letters in world.sequences.tolist()
+    ]
+    assert (row, max(each)) == (int(np.argmax(each)), pytest.approx(value, abs=1e-12))
+    assert value < world.optimal_value(beta).item()
+    if beta == world.beta:
+        assert world.best_deterministic() == (row, value)
+
+
+def test_when_kl_is_cheap_the_best_deterministic_policy_writes_the_best_response(world: EnumerableWorld) -> None:
+    assert world.best_deterministic(1e-6)[0] == int(world.gold.argmax())
+    assert world.best_deterministic(1e6)[0] == int(world.ref_log_probs.argmax())
+
+
+def test_tables_that_are_no_policy(world: EnumerableWorld) -> None:
+    uniform = torch.full((21, 4), -math.log(4))
+    torch.testing.assert_close(world.from_states(uniform), torch.full((64,), -3 * math.log(4), dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"shape \[20, 4\], expected \[21, 4\]"):
+        world.from_states(uniform[:20])
+    for broken in (-0.5, math.nan, math.inf):
+        uniform[7, 2] = broken
+        with pytest.raises(ValueError, match=r"state 7 add up to .*, not 1"):
+            world.from_states(uniform)
+    with pytest.raises(ValueError, match="state 0 add up to 0, not 1"):
+        world.from_states(torch.full((21, 4), -torch.inf))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", ["transformer", "bigram"])
+def test_a_quarter_of_a_million_responses(language: str) -> None:
+    world = EnumerableWorld.make(vocab_size=8, length=6, language=language)
+    assert len(world.gold) == 262_144
+    assert world.gain(world.optimal_log_probs()) == pytest.approx(1, abs=1e-9)
+    assert world.gain(world.policy()) == 0
+    assert world.observations()["input_ids"].shape == (37_449, 7)
 
 
 # --- as an environment -----------------------------------------------------------------------------

@@ -18,7 +18,8 @@ IDS = sorted(name for name in gym.registry if name.startswith("rlhf_env/"))
 
 
 def test_the_ids():
-    assert IDS == ["rlhf_env/Enumerable-v0", "rlhf_env/Reviews-v0", "rlhf_env/TextGeneration-v0"]
+    names = ("Enumerable", "Keywords", "Reviews", "TextGeneration")
+    assert [f"rlhf_env/{name}-v0" for name in names] == IDS
 
 
 @pytest.mark.parametrize("name", IDS)
