@@ -1,11 +1,15 @@
 """Every example runs as it is typed, with a small budget, and learns what it says it learns."""
 
+import importlib
+import json
 import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
 
 from rlhf_env.records.config import build, override_layer, read_layer, to_dict
 from rlhf_env.training.config import PipelineConfig
@@ -47,12 +51,36 @@ def test_known_optimum_prints_both_agents_below_the_optimum(example, tmp_path):
     assert percent(gain) == pytest.approx(own, abs=0.002)
 
 
+def test_ours_and_sb3_are_measured_alike_on_what_the_package_ships(example, tmp_path):
+    lines = example("ours_and_sb3.py", "--out", tmp_path, "--seeds", 0, 1, "--tokens", 4000, "--eval-episodes", 64)
+    rows = {" ".join(row[1 : row.index("|", 1)]): row for row in lines if row and row[0] == "|" and len(row) > 12}
+    assert {"2 seeds", "ppo", "sb3:PPO", "sb3 − ours"} <= rows.keys()
+    runs = {path.name: json.loads((path / "summary.json").read_text()) for path in tmp_path.iterdir()}
+    assert sorted(runs) == [f"reviews-{agent}-seed{seed}" for agent in ("ppo", "sb3-PPO") for seed in (0, 1)]
+    for agent, name in (("ppo", "ppo"), ("sb3:PPO", "sb3-PPO")):
+        objective = [
+            runs[f"reviews-{name}-seed{s}"]["score_after"] - 0.1 * runs[f"reviews-{name}-seed{s}"]["kl"] for s in (0, 1)
+        ]
+        cells = rows[agent][rows[agent].index("|", 1) + 1 :]
+        assert float(cells[0]) == pytest.approx(sum(objective) / 2, abs=6e-4)
+    assert all(run["tokens"] >= 4000 for run in runs.values())
+
+
 def test_your_own_algorithm_climbs_from_below_the_reference(example):
     lines = example("your_own_algorithm.py", "--updates", 20)
     assert lines[0][:2] == ["the", "optimum's"]
     gains = [percent(row[-1]) for row in lines[3:]]
     assert [int(row[0]) for row in lines[3:]] == list(range(0, 21, 2))
     assert gains[0] < 0 < gains[-1] < 1  # a uniform network is worse than the reference
+
+
+def test_forty_lines_suffice_to_climb_above_the_reference(example):
+    text = (FOLDER / "forty_lines.py").read_text(encoding="utf-8")
+    assert len([line for line in text.splitlines() if line.strip()]) <= 40
+    *rows, optimum = example("forty_lines.py", 41)
+    objectives = [float(row[-1]) for row in rows]
+    assert [int(row[1]) for row in rows] == [0, 20, 40]
+    assert objectives[0] < 0 < objectives[-1] < float(optimum[-1])  # 0 is the reference's
 
 
 def test_your_own_reward_is_what_the_model_learns(example):
@@ -128,3 +156,81 @@ def test_what_is_commented_out_in_the_pipeline_is_the_default(tmp_path):
     (tmp_path / "all.yaml").write_text(re.sub(r"^( *)#(?=\w)", r"\1", text, flags=re.MULTILINE), encoding="utf-8")
     assert len(read_layer(tmp_path / "all.yaml").values) > len(read_layer(FOLDER / "pipeline.yaml").values)
     assert planned(tmp_path / "all.yaml") == planned(FOLDER / "pipeline.yaml")
+
+
+# --- the algorithms of other libraries ---------------------------------------------------------------
+
+THIRD_PARTY = FOLDER / "third_party"
+SB3 = ["PPO", "A2C", "TRPO", "MaskablePPO", "RecurrentPPO", "DQN", "QR-DQN"]
+
+
+@pytest.fixture
+def third_party(example, monkeypatch):
+    """Run one of the scripts: the row of its JSON that `compare.py` reads."""
+    monkeypatch.syspath_prepend(THIRD_PARTY)
+
+    def run(name: str, *arguments: object) -> dict:
+        return json.loads(" ".join(example(f"third_party/{name}", *arguments)[-1]))
+
+    yield run
+    sys.modules.pop("world", None)
+
+
+@pytest.fixture
+def world(third_party):
+    return importlib.import_module("world")
+
+
+def test_cleanrl_ppo_climbs_to_above_the_reference_and_stays_below_the_optimum(third_party):
+    early, late = (third_party("cleanrl_ppo.py", "--steps", steps, "--seed", 1) for steps in (1024, 16_384))
+    assert early["gain"] < 0  # a network that begins uniform is worse than the reference
+    assert 0.97 < late["gain"] < 1  # with log π = 0 pushed, which rewards certainty, 0.93 is reached
+    assert late["tokens"] == 16_384 and late["kl"] > 0
+
+
+@pytest.mark.parametrize("algorithm", SB3)
+def test_sb3_algorithm_leaves_an_exact_row(third_party, world, algorithm):
+    row = third_party("sb3_algorithms.py", algorithm, "--steps", 256, "--seed", 3)
+    truth = world.make_world(3)
+    assert (row["algorithm"], row["seed"], row["tokens"]) == (algorithm, 3, 256)
+    of_reference, of_optimum = 0.0, float(truth.optimal_value())  # gold's mean is 0 under the reference
+    objective = row["gold"] - world.BETA * row["kl"]
+    assert row["gain"] == pytest.approx((objective - of_reference) / (of_optimum - of_reference), abs=1e-6)
+    one_response = (truth.gold - row["gold"]).abs() + (-truth.ref_log_probs - row["kl"]).abs()
+    assert (one_response.min() < 1e-6) == ("DQN" in algorithm)  # what a deterministic policy writes is one response
+
+
+def test_a_policy_with_a_memory_is_measured_as_it_acts(third_party, world, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sb3_algorithms", None)  # forget it afterwards
+    del sys.modules["sb3_algorithms"]
+    scripts = importlib.import_module("sb3_algorithms")
+    envs = scripts.SB3VecEnv(world.make_vec(0, 1))
+    model = scripts.RecurrentPPO("MultiInputLstmPolicy", envs, seed=0, policy_kwargs=scripts.SMALL)
+    scripts.attach_sb3(model)
+    with torch.no_grad():
+        listed = world.make_world(0).from_states(scripts.through_lstm(model.policy, world.make_world(0).observations()))
+        observation, total, row = envs.reset(), 0.0, 0
+        memory = tuple(torch.zeros(model.policy.lstm_hidden_state_shape)[:, :1] for _ in range(2))
+        for t in range(world.LENGTH):
+            tensors = model.policy.obs_to_tensor(observation)[0]
+            states = RNNStates(memory, memory)
+            actions, _, logp, states = model.policy(tensors, states, torch.tensor([float(t == 0)]))
+            total, row, memory = total + logp.item(), row * world.VOCAB_SIZE + actions.item(), states.pi
+            observation, *_ = envs.step(actions.numpy())
+    assert listed[row].item() == pytest.approx(total, abs=1e-5)
+
+
+def test_the_table_of_compare_has_exact_bounds_and_keeps_what_was_computed(example, third_party, tmp_path):
+    arguments = ["--only", "CleanRL-style PPO", "--seeds", "1", "--steps", 1024, "--out", tmp_path]
+    lines = example("third_party/compare.py", *arguments)
+    rows = (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+    assert json.loads(rows) | {"seconds": 0} == third_party("cleanrl_ppo.py", "--steps", 1024, "--seed", 1) | {
+        "seconds": 0
+    }
+    gain = {row["algorithm"]: row["gain"] for row in json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))}
+    assert gain.pop("CleanRL-style PPO") < 0
+    assert list(gain) == ["the reference", "best of 4", "best deterministic policy", "the optimum"]
+    assert gain["the reference"] == pytest.approx(0) and gain["the optimum"] == pytest.approx(1)
+    assert 0 < gain["best of 4"] < 1 and 0 < gain["best deterministic policy"] < 1
+    assert example("third_party/compare.py", *arguments)[-1] == lines[-1]
+    assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8") == rows
