@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from rlhf_env.models.causal_lm import CausalLM
-from rlhf_env.models.decoding import sample_responses
+from rlhf_env.models.sampling import sample_responses
 from rlhf_env.models.tiny import tiny_config
 from rlhf_env.text.tokenizers import word_tokenizer
 from rlhf_env.types import SamplingLaw
