@@ -26,9 +26,17 @@ CAUSAL_LM = "tests/models/test_causal_lm.py"
 MDP = "tests/envs/test_token_mdp.py"
 BINDING = "tests/envs/test_binding.py"
 VECTOR = "tests/envs/test_vector.py"
+TRUNCATION = "tests/envs/test_truncation.py"
+REWARDS = "tests/envs/test_rewards.py"
+REFERENCE = "tests/envs/test_reference.py"
+PROMPTS = "tests/envs/test_prompts.py"
+BETA = "tests/envs/test_beta.py"
 COLLECT = "tests/training/test_collect.py"
 PPO = "tests/agents/test_ppo.py"
 SB3 = "tests/agents/test_sb3.py"
+SB3_ALGORITHMS = "tests/agents/test_sb3_algorithms.py"
+SB3_BUFFER = "tests/agents/test_sb3_buffer.py"
+SB3_POLICY = "tests/agents/test_sb3_policy.py"
 CLASSIFIER = "tests/reward_models/test_classifier.py"
 EVALUATE = "tests/training/test_evaluate.py"
 BRADLEY_TERRY = "tests/reward_models/test_bradley_terry.py"
@@ -141,14 +149,14 @@ MUTATIONS = [
     ),
     Mutation(
         "temperature missing from the teacher-forced pass",
-        "rlhf_env/models/causal_lm.py",
+        "rlhf_env/models/reading.py",
         "rollout.law.log_probs(logits[:, :-1]",
         "rollout.law.log_probs(rollout.law.temperature * logits[:, :-1]",
         f"{DECODING}::test_log_probs_and_values_equal_the_teacher_forced_pass",
     ),
     Mutation(
         "minimum length missing from the teacher-forced pass",
-        "rlhf_env/models/causal_lm.py",
+        "rlhf_env/models/reading.py",
         "expand(len(rollout), t)\n",
         "expand(len(rollout), t) + rollout.law.min_new_tokens\n",
         f"{PPO}::test_with_learning_rate_zero_the_policy_stays_itself_for_a_whole_run",
@@ -156,15 +164,15 @@ MUTATIONS = [
     Mutation(
         "minimum length missing from the environment's reference",
         "rlhf_env/envs/core.py",
-        "decoder(self.num_slots, self.task.law)",
-        "decoder(self.num_slots, __import__('dataclasses').replace(self.task.law, min_new_tokens=0))",
+        "decoder(self.num_slots, self.task.law, **extra)",
+        "decoder(self.num_slots, __import__('dataclasses').replace(self.task.law, min_new_tokens=0), **extra)",
         f"{MDP}::test_policy_equal_to_reference_has_no_kl_under_any_law",
     ),
     Mutation(
         "temperature inherited from the model's generation config",
         "rlhf_env/models/causal_lm.py",
-        "return output.logits[:, -keep:], values",
-        "return output.logits[:, -keep:] / (self.model.generation_config.temperature or 1.0), values",
+        "return output.logits if self._keeps_last",
+        "return output.logits / (self.model.generation_config.temperature or 1.0) if self._keeps_last",
         f"{CAUSAL_LM}::test_poisoned_generation_config_changes_nothing",
     ),
     Mutation(
@@ -184,16 +192,16 @@ MUTATIONS = [
     ),
     Mutation(
         "logits off by one",
-        "rlhf_env/models/causal_lm.py",
+        "rlhf_env/models/reading.py",
         "log_probs(logits[:, :-1], positions)",
         "log_probs(logits[:, 1:], positions)",
         f"{DECODING}::test_log_probs_and_values_equal_the_teacher_forced_pass",
     ),
     Mutation(
         "value of the state after the token",
-        "rlhf_env/models/causal_lm.py",
-        "positions), values[:, :-1]",
-        "positions), values[:, 1:]",
+        "rlhf_env/models/reading.py",
+        "restrict(log_probs, rollout.candidates), values[:, :-1]",
+        "restrict(log_probs, rollout.candidates), values[:, 1:]",
         f"{DECODING}::test_log_probs_and_values_equal_the_teacher_forced_pass",
     ),
     Mutation(
@@ -241,52 +249,52 @@ MUTATIONS = [
     ),
     Mutation(
         "EOS excluded from the mask",
-        "rlhf_env/models/decoding.py",
+        "rlhf_env/models/sampling.py",
         "torch.from_numpy(np.arange(width) < length[:, None])",
         "torch.from_numpy(np.arange(width) < (length - ended)[:, None])",
         f"{DECODING}::test_the_mask_is_true_up_to_and_including_eos",
     ),
     Mutation(
         "the first to finish end the batch",
-        "rlhf_env/models/decoding.py",
+        "rlhf_env/models/sampling.py",
         "if len(going) + len(refill) == 0:",
         "if len(going) + len(refill) == 0 or (waiting == total and done.any() and len(refill) == 0):",
         f"{DECODING}::test_refilled_rows_are_not_a_sample_of_the_short",
     ),
     Mutation(
-        "a model without a cache is read without its past",
+        "a model that keeps a state is decoded with a cache of keys and values",
         "rlhf_env/models/decoding.py",
-        "if not cache.layers or not all(",
-        "if not all(",
-        f"{DECODING}::test_a_model_without_keys_and_values_is_refused_and_not_read_without_its_past",
+        'if getattr(model, "_is_stateful", False):',
+        "if False:",
+        f"{DECODING}::test_a_model_that_keeps_a_state_is_decoded_without_a_cache",
     ),
     # --- the environment
     Mutation(
         "the environment pays for KL",
         "rlhf_env/envs/core.py",
-        "reward[going] -= (self.episode_beta * kl_token)[going]",
-        "reward[going] += (self.episode_beta * kl_token)[going]",
+        "reward[going] = (-self.episode_beta * (logp - ref_logp))[going]",
+        "reward[going] = (self.episode_beta * (logp - ref_logp))[going]",
         f"{MDP}::test_rewards_sum_to_score_minus_beta_kl_minus_penalty",
     ),
     Mutation(
         "KL charged per token and at the end",
         "rlhf_env/envs/core.py",
-        'if task.kl_placement == "token":',
-        "if True:",
+        'if task.kl_placement == "token" and ref_logp is not None:',
+        "if ref_logp is not None:",
         f"{MDP}::test_rewards_sum_to_score_minus_beta_kl_minus_penalty",
     ),
     Mutation(
         "β changes within an episode",
         "rlhf_env/envs/core.py",
-        "(self.episode_beta * kl_token)",
-        "(self.beta * kl_token)",
+        "(-self.episode_beta * (logp - ref_logp))",
+        "(-self.beta * (logp - ref_logp))",
         f"{MDP}::test_an_episode_is_charged_the_beta_it_began_with",
     ),
     Mutation(
         "a missing EOS is rewarded",
         "rlhf_env/envs/core.py",
-        "-float(penalty[i])",
-        "float(penalty[i])",
+        "score - self.process_score - penalty, 0.0",
+        "score - self.process_score + penalty, 0.0",
         f"{MDP}::test_where_episodes_end_and_what_it_costs",
     ),
     Mutation(
@@ -299,27 +307,27 @@ MUTATIONS = [
     Mutation(
         "scores go to the wrong environment",
         "rlhf_env/envs/core.py",
-        "s: (float(score[i]),",
-        "s: (float(score[-1 - i]),",
+        '"score": outcome + self',
+        '"score": outcome[::-1] + self',
         f"{VECTOR}::test_the_batch_is_step_for_step_that_many_single_environments",
     ),
     Mutation(
         "a truncated response is scored",
         "rlhf_env/envs/core.py",
-        "scored = [slot for slot in finished if not cut[slot]]",
-        "scored = finished",
+        "self._worth(finished[~cut[finished]], reasons)",
+        "self._worth(finished, reasons)",
         f"{MDP}::test_truncation_is_neither_scored_nor_penalised",
     ),
     Mutation(
         "stale log-probabilities are charged again",
-        "rlhf_env/envs/core.py",
+        "rlhf_env/envs/policy_logp.py",
         "pushed, self._pushed = self._pushed, None",
         "pushed = self._pushed",
         f"{BINDING}::test_a_push_is_consumed_once",
     ),
     Mutation(
         "log-probabilities of other actions are charged",
-        "rlhf_env/envs/core.py",
+        "rlhf_env/envs/policy_logp.py",
         "stepping & (told != actions)",
         "stepping & (told > self.task.law.vocab_size)",
         f"{BINDING}::test_a_stale_push_names_the_environment",
@@ -327,15 +335,15 @@ MUTATIONS = [
     Mutation(
         "observations are the state itself",
         "rlhf_env/envs/core.py",
-        "self.input_ids.copy()",
-        "self.input_ids",
+        "array.copy() if slots is None",
+        "array if slots is None",
         f"{MDP}::test_returned_arrays_are_the_callers",
     ),
     Mutation(
         "the step that only resets is charged",
         "rlhf_env/envs/core.py",
-        "reward[going] -= (self.episode_beta * kl_token)[going]",
-        "reward -= self.episode_beta * kl_token",
+        "reward[going] = (-self.episode_beta * (logp - ref_logp))[going]",
+        "reward = -self.episode_beta * (logp - ref_logp)",
         f"{BINDING}::test_a_row_that_is_only_reset_ignores_its_push",
     ),
     Mutation(
@@ -348,8 +356,8 @@ MUTATIONS = [
     Mutation(
         "NaN of the reference is paid out",
         "rlhf_env/envs/core.py",
-        "if not np.isfinite(ref_logp).all():",
-        "if False:",
+        "if not np.isfinite(ref_logp).all():\n            slot =",
+        "if False:\n            slot =",
         f"{MDP}::test_a_broken_reference_stops_the_step",
     ),
     Mutation(
@@ -358,6 +366,190 @@ MUTATIONS = [
         "        self.active[going] = False  #",
         "        #",
         f"{MDP}::test_after_a_broken_reward_nobody_goes_on_from_half_a_step",
+    ),
+    # --- top-k, top-p and candidates
+    Mutation(
+        "each model is cut by its own top-k",
+        "rlhf_env/models/truncation.py",
+        "self.law.candidates(self.reference.log_probs",
+        "self.law.candidates(self.own.log_probs",
+        f"{COLLECT}::test_collect_equals_stepping",
+    ),
+    Mutation(
+        "the reference is not renormalised over what is left",
+        "rlhf_env/envs/core.py",
+        "        log_probs = restrict(log_probs, candidates)\n",
+        "",
+        f"{TRUNCATION}::test_a_policy_that_is_its_reference_has_no_kl",
+    ),
+    Mutation(
+        "the policy's probabilities are not renormalised in the teacher-forced pass",
+        "rlhf_env/models/reading.py",
+        "return log_probs if rollout.candidates is None else",
+        "return log_probs if True else",
+        f"{TRUNCATION}::test_the_kl_of_every_token_is_that_of_an_offline_recomputation",
+    ),
+    Mutation(
+        "the token that reaches top-p is left out",
+        "rlhf_env/types.py",
+        "probs.cumsum(-1) - probs < self.top_p",
+        "probs.cumsum(-1) < self.top_p",
+        TYPES,
+    ),
+    Mutation(
+        "top-p is measured outside of top-k",
+        "rlhf_env/types.py",
+        "probs = ordered.softmax(-1)",
+        "probs = ordered.exp()",
+        TYPES,
+    ),
+    Mutation(
+        "ties among candidates are left to chance",
+        "rlhf_env/types.py",
+        "kept = above | (equal & (equal.cumsum(-1) <= missing))",
+        "kept = above | (equal & (equal.flip(-1).cumsum(-1).flip(-1) <= missing))",
+        TYPES,
+    ),
+    Mutation(
+        "forbidden tokens are candidates",
+        "rlhf_env/types.py",
+        "kept = ordered > -torch.inf",
+        "kept = ordered < torch.inf",
+        TYPES,
+    ),
+    Mutation(
+        "the sum of the likelier ones ends top-k too early",
+        "rlhf_env/types.py",
+        "if self.top_p < 1:",
+        "if True:",
+        "tests/envs/test_truncation.py::test_top_k_alone_keeps_k_however_small_the_tail",
+    ),
+    Mutation(
+        "what top-k leaves out may be written",
+        "rlhf_env/envs/core.py",
+        "            allowed &= named[:, :-1]\n",
+        "",
+        f"{TRUNCATION}::test_a_truncated_token_is_refused_and_the_state_stays",
+    ),
+    Mutation(
+        "after the end there are still candidates",
+        "rlhf_env/envs/core.py",
+        "            self.candidates[over], self.candidate_logp[over] = -1, LOWEST\n",
+        "            pass\n",
+        f"{TRUNCATION}::test_after_the_end_there_are_no_candidates",
+    ),
+    # --- rewards, prompts and β of the environment
+    Mutation(
+        "token scores are paid twice",
+        "rlhf_env/envs/core.py",
+        "score - self.process_score - penalty, 0.0",
+        "score - penalty, 0.0",
+        f"{REWARDS}::test_token_scores_and_the_score_of_the_whole_add_up",
+    ),
+    Mutation(
+        "half a character is scored as what it is not",
+        "rlhf_env/text/codec.py",
+        'return "" if text.endswith("\\ufffd") and not last else',
+        "return",
+        f"{REWARDS}::test_half_a_character_is_worth_the_same_as_it_comes_and_afterwards",
+    ),
+    Mutation(
+        "a decoder that failed half-way is believed",
+        "rlhf_env/envs/core.py",
+        "self.active[:], self._decoder, self._ref_log_probs = False, None, None",
+        "pass",
+        "tests/envs/test_faults.py",
+    ),
+    Mutation(
+        "a push outlives its episode",
+        "rlhf_env/envs/core.py",
+        "self.log_pi.forget()  # what was pushed belongs to the episodes before",
+        "pass",
+        "tests/envs/test_faults.py",
+    ),
+    Mutation(
+        "a policy that was not known is taken to be sure",
+        "rlhf_env/envs/core.py",
+        "known = over & (self.told == self.written)",
+        "known = over",
+        "tests/envs/test_faults.py",
+    ),
+    Mutation(
+        "groups are cut apart",
+        "rlhf_env/training/collect.py",
+        "if start % task.group_size or episodes % task.group_size:",
+        "if False:",
+        "tests/envs/test_prompts.py",
+    ),
+    Mutation(
+        "the context's end costs nothing",
+        "rlhf_env/envs/core.py",
+        'reasons[s] not in ("length", "context")',
+        'reasons[s] != "length"',
+        f"{REWARDS}::test_penalties_by_hand",
+    ),
+    Mutation(
+        "ids of another vocabulary are scored",
+        "rlhf_env/envs/rewards.py",
+        "if by_ids is not None and _shares(reward_model, codec):",
+        "if by_ids is not None:",
+        f"{REWARDS}::test_ids_are_scored_only_where_they_mean_the_same_text",
+    ),
+    Mutation(
+        "a deferred KL that belongs to the tokens is not charged at all",
+        "rlhf_env/envs/core.py",
+        "            elif self.task.defers:\n                reward -= charge\n",
+        "            elif self.task.defers:\n",
+        f"{REFERENCE}::test_deferred_an_episode_is_worth_the_same",
+    ),
+    Mutation(
+        "the deferred KL of one episode is charged to another",
+        "rlhf_env/envs/core.py",
+        "self.ref_logp[finished, : ref_logp.shape[1]] = ref_logp",
+        "self.ref_logp[finished, : ref_logp.shape[1]] = ref_logp[::-1]",
+        f"{REFERENCE}::test_deferred_an_episode_is_worth_the_same",
+    ),
+    Mutation(
+        "seeding leaves the group of before",
+        "rlhf_env/envs/vector.py",
+        "                self._prompts[i].restart()\n",
+        "",
+        f"{PROMPTS}::test_seeding_within_a_group_begins_a_new_one_and_a_plain_reset_does_not",
+    ),
+    Mutation(
+        "a run that resumes within a group begins a new one",
+        "rlhf_env/envs/prompt_stream.py",
+        'self.left = state["left"]',
+        "self.left = 0",
+        f"{PROMPTS}::test_an_interrupted_environment_is_asked_the_same",
+    ),
+    Mutation(
+        "collected groups begin wherever the batch does",
+        "rlhf_env/envs/task.py",
+        "drawn[(start + i) // group_size - first]",
+        "drawn[i // group_size]",
+        f"{PROMPTS}::test_collected_rows_share_prompts_in_groups",
+    ),
+    Mutation(
+        "a prompt changes its side when others come",
+        "rlhf_env/text/prompts.py",
+        'for text in texts:\n        digest = hashlib.sha256(f"{salt}\\0{text}"',
+        'for i, text in enumerate(texts):\n        digest = hashlib.sha256(f"{salt}\\0{i}"',
+        "tests/text/test_prompts.py",
+    ),
+    Mutation(
+        "episodes that β has not heard of are lost with an interruption",
+        "rlhf_env/envs/core.py",
+        'self._finished_kl = [np.nan if kl is None else kl for kl in state["unheard_kl"]]',
+        "pass",
+        f"{BETA}::test_an_interrupted_environment_goes_on_with_the_same_betas",
+    ),
+    Mutation(
+        "a schedule counts only what has a KL",
+        "rlhf_env/envs/beta.py",
+        "self.episodes += len(kl)",
+        "self.episodes += int(np.isfinite(np.asarray(kl)).sum())",
+        f"{BETA}::test_a_scheduled_beta_by_hand",
     ),
     # --- collecting
     Mutation(
@@ -384,8 +576,8 @@ MUTATIONS = [
     Mutation(
         "the penalty is added",
         "rlhf_env/training/collect.py",
-        "rollout.score - rollout.penalty",
-        "rollout.score + rollout.penalty",
+        "token_score.sum(1) - rollout.penalty",
+        "token_score.sum(1) + rollout.penalty",
         f"{COLLECT}::test_rewards_sum_to_score_minus_beta_kl_minus_penalty",
     ),
     Mutation(
@@ -398,7 +590,7 @@ MUTATIONS = [
     Mutation(
         "evaluation moves β",
         "rlhf_env/training/evaluate.py",
-        "core.beta = beta  #",
+        "core.load_beta_state(beta)  #",
         "pass  #",
         f"{EVALUATE}::test_evaluation_leaves_an_adaptive_beta_alone",
     ),
@@ -477,38 +669,66 @@ MUTATIONS = [
     # --- Stable-Baselines3
     Mutation(
         "episodes of two environments are joined",
-        "agents/sb3.py",
+        "agents/sb3/buffer.py",
         "        first[0] = True  #",
         "        #",
         f"{SB3}::test_with_learning_rate_zero_ratios_stay_one",
     ),
     Mutation(
         "minibatches split episodes",
-        "agents/sb3.py",
-        "np.split(np.arange(total), np.flatnonzero(first.T.reshape(-1))[1:])",
-        "np.split(np.arange(total), np.flatnonzero(first.reshape(-1))[1:])",
-        f"{SB3}::test_minibatches_are_whole_episodes_and_each_transition_comes_once",
+        "agents/sb3/buffer.py",
+        "np.split(np.arange(first.size), np.flatnonzero(first.T.reshape(-1))[1:])",
+        "np.split(np.arange(first.size), np.flatnonzero(first.reshape(-1))[1:])",
+        f"{SB3_BUFFER}::test_minibatches_are_whole_episodes_and_each_transition_comes_once",
     ),
     Mutation(
         "the hook pushes the step before",
-        "agents/sb3.py",
+        "agents/sb3/attach.py",
         "        push_to(cores, output[2], output[0])",
         "        push_to(cores, getattr(module, 'late', output[2]), output[0])\n        module.late = output[2]",
-        f"{SB3}::test_trained_weights_are_bitwise_equal_through_hook_bind_and_push",
+        f"{SB3_ALGORITHMS}::test_trained_weights_are_bitwise_equal_through_hook_bind_and_push",
     ),
     Mutation(
         "the terminal observation is the next episode's first",
         "rlhf_env/envs/vector.py",
-        "{k: v[i].copy() for k, v in final_observation.items()}",
-        "{k: v[i] * (k != 'response_mask') for k, v in final_observation.items()}",
+        "{name: values[row] for name, values in last.items()}",
+        "{name: values[row] * (name != 'response_mask') for name, values in last.items()}",
         f"{SB3}::test_terminal_observations_and_truncation",
     ),
     Mutation(
         "Stable-Baselines3 samples without the law",
-        "agents/sb3.py",
-        "model.policy.law = cores[0].task.law",
-        "pass",
-        f"{SB3}::test_the_sampling_law_is_the_environments",
+        "agents/sb3/policy.py",
+        "self.law: SamplingLaw = law",
+        "self.law: SamplingLaw = SamplingLaw(law.vocab_size, law.eos_token_id)",
+        f"{SB3_POLICY}::test_the_law_is_there_without_attaching_and_after_loading",
+    ),
+    Mutation(
+        "the policy does not know what top-k leaves out",
+        "agents/sb3/policy.py",
+        "if self.law.truncates:",
+        "if False:",
+        f"{SB3_POLICY}::test_what_top_k_leaves_out_is_never_predicted",
+    ),
+    Mutation(
+        "contexts are remembered beyond a change of weights",
+        "agents/sb3/contexts.py",
+        "if weights != self._weights:",
+        "if not self._weights:",
+        f"{SB3_POLICY}::test_changed_weights_are_read_anew",
+    ),
+    Mutation(
+        "a row that fell behind is appended to all the same",
+        "agents/sb3/contexts.py",
+        "            rows.goes_on = grown.copy()",
+        "            #",
+        f"{SB3_POLICY}::test_the_same_context_gives_the_same_bits_however_many_rows_went_on",
+    ),
+    Mutation(
+        "the deferred charge stays at the end as well",
+        "agents/sb3/buffer.py",
+        "(self.lump - self.beta",
+        "(-self.beta",
+        f"{SB3_BUFFER}::test_a_deferred_reference_pays_what_a_cached_one_pays",
     ),
     # --- reward models
     Mutation(
@@ -700,10 +920,10 @@ def copy_package(folder: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", folder)
 
 
-def run_tests(folder: Path, *files: str) -> subprocess.CompletedProcess[str]:
+def run_tests(folder: Path, *files: str, seconds: int = 120) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--hypothesis-seed=0", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"PYTHONPATH": str(folder)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds)
 
 
 def test_without_a_bug_they_all_pass(tmp_path: Path) -> None:
@@ -712,7 +932,7 @@ def test_without_a_bug_they_all_pass(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     imported = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True)
     assert all(Path(line).is_relative_to(tmp_path) for line in imported.split()), "the copy is what is tested"
-    result = run_tests(tmp_path, *dict.fromkeys(m.caught_by for m in MUTATIONS))
+    result = run_tests(tmp_path, *dict.fromkeys(m.caught_by for m in MUTATIONS), seconds=900)
     assert result.returncode == 0, result.stdout[-3000:]
 
 
