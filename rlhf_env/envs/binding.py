@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf_env.envs.core import TokenMDP
-from rlhf_env.envs.policy_logp import Observation, as_array
+from rlhf_env.envs.policy_logp import Observation
 from rlhf_env.envs.view import refuse_time_limit
 from rlhf_env.errors import ConfigError
+from rlhf_env.models.observation import as_array
 
 
 def find_cores(env: Any) -> list[TokenMDP]:

@@ -9,14 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_env.errors import MissingLogProbError
+from rlhf_env.models.observation import as_array
 
 Observation = dict[str, NDArray[Any]]
 LogProbFn = Callable[[Observation, NDArray[np.int64]], Any]
-
-
-def as_array(values: Any) -> NDArray[Any]:
-    """Numbers as a NumPy array, also from a torch tensor with gradient or on another device."""
-    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
 
 
 class PolicyLogP:

@@ -30,7 +30,7 @@ def require_observation(observation: Mapping[str, Any], vocab_size: int | None =
             f"the observation has no {', '.join(missing)}, only {', '.join(map(str, observation)) or 'nothing'}: "
             "leave out FilterObservation and the like"
         )
-    ids, attention, response = (_array(observation[name]) for name in _PARTS)
+    ids, attention, response = (as_array(observation[name]) for name in _PARTS)
     if not ids.shape == attention.shape == response.shape or ids.ndim not in (1, 2):
         shapes = ", ".join(f"{name} {tuple(np.shape(observation[name]))}" for name in _PARTS)
         raise ConfigError(f"the parts of an observation must all be [L] or all be [N, L], got {shapes}")
@@ -68,7 +68,7 @@ _MIXED_UP = (
 )
 
 
-def _array(part: Any) -> NDArray[Any]:
+def as_array(part: Any) -> NDArray[Any]:
     """A NumPy array, also from a tensor with gradient or on another device."""
     return part.detach().cpu().numpy() if hasattr(part, "detach") else np.asarray(part)
 
