@@ -74,6 +74,13 @@ def check_token_env(env: gym.Env[Any, Any] | VectorEnv[Any, Any, Any], *, steps:
                         f"token {t}: log π {info['logp']:.6f}, log ref {info['ref_logp']:.6f}; a mask, a temperature "
                         "or padding is applied on one side only",
                     )
+            kl = episode.infos[-1].get("kl", 0.0)  # all there is to see where the reference is deferred
+            _require(
+                abs(kl) <= _PER_TOKEN * len(episode.actions),
+                "the reference has KL to itself",
+                f"{kl:.6f} nats over {len(episode.actions)} tokens; see that its decoder, `evaluate` and "
+                "`action_log_probs` follow the same law",
+            )
 
 
 def _require(holds: bool, promise: str, what: str) -> None:

@@ -189,6 +189,8 @@ def test_a_temperature_on_one_side_only_is_kl_that_nobody_has():
 
     with pytest.raises(ContractError, match="reference has KL to itself: token 0"):
         check_token_env(make_env(reference=Cooler()), steps=40)
+    with pytest.raises(ContractError, match=r"reference has KL to itself: -?\d+\.\d+ nats over"):
+        check_token_env(make_env(reference=Cooler(), reference_backend="deferred"), steps=40)
 
 
 def test_no_end_in_sight():
