@@ -7,6 +7,8 @@ Entries outside the mask may hold anything, NaN included: they never reach a res
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,11 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over the entries of `x` [B, T] that count: one number, every token weighs the same."""
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
+
+
+def response_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over responses of the mean over their tokens of `x` [B, T]: a token of a long response weighs less."""
+    return (masked_sum(x, mask, dim=1) / mask.sum(1).clamp(min=1)).mean()
 
 
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:
@@ -88,7 +95,10 @@ def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def kl_k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """½ (log π − log ref)²: biased, low variance; as a loss it has the on-policy gradient of KL."""
+    """½ (log π − log ref)²: biased, low variance; of whole responses, its gradient on-policy is that of their KL.
+
+    Taken of each token, as losses do, the gradient lacks what a token does to the KL of later ones.
+    """
     return 0.5 * (logp - ref_logp).square()
 
 
@@ -150,15 +160,77 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     return advantages
 
 
-def ppo_clip_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
-    """Clipped surrogate, negated for descent: −mean_t min(ρ A, clip(ρ, 1−ε, 1+ε) A), ρ = exp(logp − old_logp).
+def policy_gradient_loss(logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """−mean_t A_t log π_t, whose gradient is the policy gradient; Williams 1992, eq. 11. Inputs [B, T].
 
-    Schulman et al. 2017, arXiv 1707.06347, eq. 7. Inputs [B, T]; every token that counts weighs the same.
+    Every token that counts weighs the same, so in expectation it is the gradient of E[Σ_t A_t log π_t] divided by the
+    mean length.
+    """
+    logp, advantages = (torch.where(mask, x, torch.zeros_like(x)) for x in (logp, advantages))
+    return -masked_mean(advantages * logp, mask)
+
+
+def leave_one_out(x: Tensor, group_size: int) -> Tensor:
+    """The mean of the other members of each one's group: [B] → [B], groups being rows in succession.
+
+    A baseline that does not depend on the response it is subtracted for, so it biases no gradient; Kool et al. 2019,
+    "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al. 2024, arXiv 2402.14740, §2.3.
+    """
+    groups = x.reshape(-1, group_size)
+    return ((groups.sum(1, keepdim=True) - groups) / (group_size - 1)).reshape(-1)
+
+
+def group_advantages(x: Tensor, group_size: int, *, scale: bool, eps: float = 1e-4) -> Tensor:
+    """What each member is above the mean of its group, [B] → [B]; with `scale` in units of the group's deviation.
+
+    Shao et al. 2024 (GRPO), arXiv 2402.03300, §4.1.2. The mean contains the member itself, which shrinks the gradient
+    by (K − 1)/K; the deviation (of K, with K − 1 in the denominator) makes a group whose members hardly differ count as
+    much as any other, which moves the optimum (Liu et al. 2025, arXiv 2503.20783, §3.1).
+    """
+    groups = x.reshape(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    return (centred / (groups.std(1, keepdim=True) + eps) if scale else centred).reshape(-1)
+
+
+def linear_schedule(start: float, end: float | None, progress: float) -> float:
+    """`start` at progress 0, `end` at 1, in a straight line; `start` throughout where `end` is none."""
+    return start if end is None else start + (end - start) * progress
+
+
+def ppo_clip_terms(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
+    """Clipped surrogate of every token, min(ρ A, clip(ρ, 1−ε, 1+ε) A) with ρ = exp(logp − old_logp), [B, T].
+
+    Schulman et al. 2017, arXiv 1707.06347, eq. 7. `advantages` are [B, T] or [B, 1].
     """
     zero = torch.zeros_like(logp)  # masked before any product, so that padding cannot reach a gradient either
     ratio, advantages = torch.where(mask, logp - old_logp, zero).exp(), torch.where(mask, advantages, zero)
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    return -masked_mean(surrogate, mask)
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def ppo_clip_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
+    """Minus the mean of `ppo_clip_terms`, for descent; every token that counts weighs the same."""
+    return -masked_mean(ppo_clip_terms(logp, old_logp, advantages, mask, clip), mask)
+
+
+def ratio_metrics(logp: Tensor, old_logp: Tensor, mask: Tensor, clip: float) -> dict[str, Tensor]:
+    """How far a policy has moved from the one that sampled, from log-probabilities [B, T] of the sampled tokens.
+
+    `approx_kl` is the k3 estimate of KL(old ‖ new) in nats per token, `clip_fraction` the share of tokens whose ratio
+    is outside 1 ± `clip`, `max_ratio` the largest ratio and `max_ratio_error` its largest distance from 1.
+    """
+    logp = logp.detach()
+    ratio = torch.where(mask, logp - old_logp, 0.0).exp()
+    return {
+        "approx_kl": masked_mean(kl_k3(old_logp, logp), mask),
+        "clip_fraction": masked_mean(((ratio - 1).abs() > clip).float(), mask),
+        "max_ratio": ratio.max(),
+        "max_ratio_error": (ratio - 1).abs().max(),
+    }
+
+
+def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """½ mean_t (V − R)². Inputs [B, T]."""
+    return 0.5 * masked_mean(torch.where(mask, values - returns, torch.zeros_like(values)).square(), mask)
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
@@ -179,6 +251,34 @@ def adaptive_beta_factor(kl: float, target: float, episodes: int, horizon: int) 
     return 1.0 + error * min(episodes / horizon, 1.0)
 
 
+# --- values from data ------------------------------------------------------------------------------
+
+
+def expectile_loss(difference: Tensor, tau: float) -> Tensor:
+    """τ u² where u = target − prediction is positive, (1 − τ) u² elsewhere: minimal at the τ-expectile of the targets.
+
+    At ½ that is the mean; towards 1 it goes to the largest target that occurs. Kostrikov et al. 2021, arXiv 2110.06169.
+    """
+    return (tau - (difference < 0).to(difference.dtype)).abs() * difference.square()
+
+
+def conservative_loss(q: Tensor, actions: Tensor) -> Tensor:
+    """log Σ_v exp(Q_v) − Q_a: [..., V], int64 [...] → [...]; lowers Q where the data have not been.
+
+    Kumar et al. 2020 (CQL), arXiv 2006.04779, eq. 4; Snell et al. 2022 (ILQL), arXiv 2206.11871.
+    """
+    return q.logsumexp(-1) - gather_logp(q, actions)
+
+
+def soft_value(q: Tensor, beta: float) -> Tensor:
+    """β log Σ_v exp(Q_v / β), the value of choosing with probability ∝ exp(Q/β): [..., V] → [...].
+
+    It is max_π E_π[Q] + β·entropy(π). Where Q holds +β log ref it is the value of the KL-regularised task. Haarnoja et
+    al. 2017, arXiv 1702.08165, eq. 5.
+    """
+    return beta * (q / beta).logsumexp(-1)
+
+
 # --- preferences -----------------------------------------------------------------------------------
 
 
@@ -190,6 +290,45 @@ def bradley_terry_loss(difference: Tensor, preference: Tensor) -> Tensor:
     """
     log_sigmoid = torch.nn.functional.logsigmoid
     return -(preference * log_sigmoid(difference) + (1 - preference) * log_sigmoid(-difference))
+
+
+def implicit_reward(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
+    """Σ_t (log π_t − log ref_t) of each response, [B, T] → [B]: β times it is the reward that π is optimal for, but for
+    a constant per prompt. Rafailov et al. 2023, arXiv 2305.18290, eq. 5.
+    """
+    return masked_sum(logp - ref_logp, mask, dim=1)
+
+
+def dpo_loss(difference: Tensor, preference: Tensor, beta: float | Tensor, smoothing: float = 0.0) -> Tensor:
+    """The Bradley–Terry loss of implicit rewards: −log σ(β d) where the first is preferred, [B] → [B], in nats.
+
+    d = log(π/ref)(first) − log(π/ref)(second). Rafailov et al. 2023, arXiv 2305.18290, eq. 7; `preference` in [0, 1] is
+    the probability that the first one is preferred, `smoothing` that of a label which was turned over (Mitchell 2023,
+    "A note on DPO with noisy preferences", eq. 3).
+    """
+    return bradley_terry_loss(beta * difference, preference * (1 - 2 * smoothing) + smoothing)
+
+
+def ipo_loss(difference: Tensor, preference: Tensor, beta: float) -> Tensor:
+    """Squared distance of d from 1/(2β) where the first is preferred, from −1/(2β) where the second is, [B] → [B].
+
+    Azar et al. 2023, arXiv 2310.12036, eq. 17, in expectation over a soft `preference` for the first in [0, 1]. A
+    single pair's optimum is d = (p − ½)/β, finite for p = 1, where DPO's is not.
+    """
+    target = 1 / (2 * beta)
+    return preference * (difference - target).square() + (1 - preference) * (difference + target).square()
+
+
+def kto_loss(
+    log_ratio: Tensor, desirable: Tensor, baseline: Tensor, beta: float, lambda_d: float = 1.0, lambda_u: float = 1.0
+) -> Tensor:
+    """λ_D (1 − σ(β (r − z))) of desirable responses, λ_U (1 − σ(β (z − r))) of others: [B] → [B].
+
+    r = log(π/ref) of the response, z = the KL of the policy to the reference, `baseline`, through which no gradient
+    flows. Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8.
+    """
+    gain = beta * (log_ratio - baseline.detach())
+    return torch.where(desirable, lambda_d * torch.sigmoid(-gain), lambda_u * torch.sigmoid(gain))
 
 
 # --- sampling --------------------------------------------------------------------------------------
@@ -221,6 +360,24 @@ def best_of_n(scores: Tensor, n: int, values: Tensor | None = None) -> Tensor:
     log_weight = log_choose(rank - 1, n - 1) - log_choose(torch.tensor(float(total), dtype=torch.float64), n)
     by_score = (scores if values is None else values).gather(-1, torch.sort(scores, dim=-1, stable=True).indices)
     return (by_score[..., n - 1 :].double() * log_weight.exp().to(scores.device)).sum(-1)
+
+
+def best_of_n_kl_bound(n: int) -> float:
+    """log n − (n − 1)/n: the KL of best-of-n to what it draws from is never more, in nats per sequence.
+
+    Equal where no two responses score alike and none is likely; Beirami et al. 2024, arXiv 2401.01879.
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def log_win_share(scores: Tensor, others: Tensor) -> Tensor:
+    """log of the share of `others` [..., M] that score no higher than each of `scores` [..., K]: [..., K].
+
+    One pseudo-count each way, (1 + wins)/(2 + M), keeps it finite. The distribution function that best-of-n raises to
+    the power n (Sessa et al. 2024 (BOND), arXiv 2407.14622).
+    """
+    wins = (others.unsqueeze(-2) <= scores.unsqueeze(-1)).sum(-1)
+    return ((1.0 + wins) / (2.0 + others.shape[-1])).log()
 
 
 def log_choose(n: Tensor, k: int) -> Tensor:

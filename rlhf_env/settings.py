@@ -48,6 +48,30 @@ class BradleyTerryConfig:
         _require_step_sizes(self)
 
 
+def require(config: object, **limits: tuple[float, float | None]) -> None:
+    """Raise `ConfigError` where a setting is below the first of its limits, or above the second if there is one.
+
+    Settings that are none are left alone.
+    """
+    for name, (least, most) in limits.items():
+        value = getattr(config, name)
+        if value is None or (least <= value and (most is None or value <= most) and value < math.inf):
+            continue
+        who = type(config).__name__.removesuffix("Config")
+        between = f"of at least {least}" if most is None else f"between {least} and {most}"
+        raise ConfigError(f"{who} needs {name} {between}, it is {value}")
+
+
+def require_groups(config: object, batch_size: int, group_size: int) -> None:
+    """Raise `ConfigError` where a batch is not made of whole groups of at least two."""
+    who = type(config).__name__.removesuffix("Config")
+    if group_size < 2 or batch_size < group_size or batch_size % group_size:
+        raise ConfigError(
+            f"{who} compares responses to the same prompt, so it needs group_size of at least 2 and a batch_size that "
+            f"is a multiple of it; they are {group_size} and {batch_size}"
+        )
+
+
 def _require_step_sizes(config: SFTConfig | BradleyTerryConfig) -> None:
     for name, least in (("epochs", 1), ("batch_size", 1)):
         if (value := getattr(config, name)) < least:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -220,6 +220,11 @@ class Rollout:
         return torch.where(self.response_mask, self.logp - self.ref_logp, 0.0).sum(1)
 
     @property
+    def returns(self) -> Tensor:
+        """Σ_t reward_t of each response, [B]: score − β·KL − penalties where the rewards contain the KL."""
+        return torch.where(self.response_mask, self.reward, 0.0).sum(1)
+
+    @property
     def lengths(self) -> Tensor:
         """Tokens of each response, EOS included, int64 [B]."""
         return self.response_mask.sum(1)
@@ -231,6 +236,38 @@ class Rollout:
 
 
 _BY_TOKEN = {"response_ids", "response_mask", "logp", "ref_logp", "values", "reward"}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """B pairs of responses to the same prompts, and which of the two was preferred: what preference methods learn from.
+
+    Of both, `ref_logp` [B, T] is the reference's; nothing else but the tokens means anything. `pairs[index]` slices.
+    """
+
+    first: Rollout
+    second: Rollout
+    preference: Tensor  # float [B], for the first: 1, 0, or 0.5 for a tie
+
+    def __post_init__(self) -> None:
+        if not len(self.first) == len(self.second) == len(self.preference):
+            raise ValueError(
+                f"Pairs need as many first as second responses and preferences, got {len(self.first)}, "
+                f"{len(self.second)} and {len(self.preference)}"
+            )
+        if not ((self.preference >= 0) & (self.preference <= 1)).all():
+            raise ValueError("Pairs.preference must lie between 0 and 1")
+
+    def __len__(self) -> int:
+        return len(self.preference)
+
+    def __getitem__(self, index: Any) -> Pairs:
+        """The pairs at `index` (a slice, list, or tensor of row numbers or bools)."""
+        return Pairs(self.first[index], self.second[index], self.preference[index])
+
+    def to(self, device: torch.device | str) -> Pairs:
+        """The same pairs on another device."""
+        return Pairs(self.first.to(device), self.second.to(device), self.preference.to(device))
 
 
 @dataclass(frozen=True)
@@ -348,14 +385,61 @@ class Policy(Protocol):
         ...
 
 
+class Sampler(Protocol):
+    """What an agent may ask of the environment before an update: the next prompts, answered by any policy."""
+
+    def __call__(
+        self, policy: Policy | Literal["reference"], *, greedy: bool = False, group_size: int | None = None
+    ) -> Rollout:
+        """Finished, scored episodes: the update's prompts, each answered `group_size` times (none: as the agent says).
+
+        Whoever asks, and however often, within one update the prompts are the same and stand in the same order.
+        """
+        ...
+
+
 class Agent(Protocol):
-    """Learns from rollouts of its own policy."""
+    """Learns from rollouts of its own policy.
+
+    What else an agent may have, and otherwise need not: `group_size`, how many rows in succession answer the same
+    prompt; `kl_mode`, what the rewards that it learns from contain ("reward"; "reference" for soft Q-learning);
+    `best_of`, among how many responses its policy is to choose by the score when it is evaluated (1); and
+    `rollouts(sample) -> tuple[Rollout, ...]`, where one rollout of its policy is not all it wants to see: `update` is
+    given them all, its own policy's first.
+    """
 
     policy: Policy
     batch_size: int  # episodes it wants per update
 
     def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, float]:
         """One step of learning; `progress` in [0, 1) is the part of the budget already used. Returns metrics."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything beside the policy's weights that a resumed run needs (tensors and JSON values)."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        ...
+
+
+class OfflineAgent(Protocol):
+    """Learns from data that is there already, and samples nothing."""
+
+    learns_from: Literal["pairs", "log"]  # of the class: `Pairs`, or a `Rollout` of logged responses with their rewards
+
+    @property
+    def policy(self) -> Policy:
+        """What it has learned so far."""
+        ...
+
+    def fit(self, data: Any, *, updates: int | None = None, start: int = 0) -> Iterator[dict[str, float]]:
+        """Learn, yielding metrics at every gradient step: `updates` of them, or as many as its own settings say.
+
+        `start` is the number of steps that an interrupted run has taken already; with the state it had then restored,
+        the rest are those that it would have taken.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:

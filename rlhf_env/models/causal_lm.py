@@ -178,6 +178,19 @@ class CausalLM(nn.Module):
         `attention_mask` [B, L] may have padding on either side. Positions count real tokens, because a model with
         absolute positions scores a left-padded row wrongly otherwise (5 nats per token on GPT-2).
         """
+        logits, hidden = self.read(input_ids, attention_mask, keep=keep, cache=cache, position_ids=position_ids)
+        return logits, self.value_head(hidden.to(self.dtype)).squeeze(-1)
+
+    def read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        keep: int = 0,
+        cache: Cache | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Raw logits [B, K, V] and last hidden states [B, K, H], which heads of one's own can read; as `forward`."""
         if cache is None and self._left_padding_leaks:
             return self._flush_left(input_ids, attention_mask, keep)
         if position_ids is None:
@@ -239,7 +252,7 @@ class CausalLM(nn.Module):
         return self.dtype == torch.float64 and config._attn_implementation == "eager"
 
     def _flush_left(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        """`forward` with every row moved to the left, so that all padding comes after it, where no token looks."""
+        """`read` with every row moved to the left, so that all padding comes after it, where no token looks."""
         length = input_ids.shape[1]
         column = torch.arange(length, device=input_ids.device)
         before = attention_mask.to(torch.uint8).argmax(1, keepdim=True)  # [B, 1] columns of padding on the left
@@ -248,14 +261,14 @@ class CausalLM(nn.Module):
         columns, place = ((column[-keep:] - before) % length).unique(return_inverse=True)  # place [B, keep]
         # What no token looks at may as well look at them: a column that may look at nothing is NaN.
         everything = torch.ones_like(order)
-        logits, values = self._run(input_ids.gather(1, order), everything, positions, columns)
+        logits, hidden = self._run(input_ids.gather(1, order), everything, positions, columns)
         row = torch.arange(len(place), device=place.device).unsqueeze(1)
-        return logits[row, place], values[row, place]
+        return logits[row, place], hidden[row, place]
 
     def _run(
         self, ids: Tensor, mask: Tensor, positions: Tensor, columns: int | Tensor, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Logits and values of the last `columns` (0: all), or of these column numbers."""
+        """Logits and hidden states of the last `columns` (0: all), or of these column numbers."""
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -267,8 +280,8 @@ class CausalLM(nn.Module):
             **({"logits_to_keep": columns} if self._keeps_last else {}),
         )
         kept = columns if isinstance(columns, Tensor) else slice(-columns, None)
-        values = self.value_head(output.hidden_states[-1][:, kept].to(self.dtype)).squeeze(-1)
-        return output.logits if self._keeps_last else output.logits[:, kept], values
+        logits = output.logits if self._keeps_last else output.logits[:, kept]
+        return logits, output.hidden_states[-1][:, kept]
 
     def __getstate__(self) -> dict[str, Any]:
         # At its first forward, Transformers hangs local functions into a model, which nothing can pickle. A model

@@ -1,8 +1,10 @@
-"""Minimising a mean loss over a fixed set of examples: the loop that fine-tuning and reward models share."""
+"""Gradient steps: guarded ones for agents, and the loop that fine-tuning and reward models share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +12,125 @@ from torch import Tensor, nn
 
 from rlhf_env.errors import NonFiniteError
 from rlhf_env.settings import BradleyTerryConfig, SFTConfig
+
+#: The loss of the rows with these numbers, a mean over whatever they weigh by, and metrics that are means likewise.
+LossOf = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Descent:
+    """Adam for an agent: clipped gradients, a learning rate that may fall to 0, and no step on what is not finite."""
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        learning_rate: float,
+        *,
+        anneal: bool = True,
+        max_grad_norm: float = 1.0,
+        adam_eps: float = 1e-5,
+    ) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, eps=adam_eps)
+        self.learning_rate, self.anneal, self.max_grad_norm = learning_rate, anneal, max_grad_norm
+        self.updates = 0  # begun so far
+
+    def begin(self, progress: float) -> int:
+        """Begin an update at this part of the budget, which decides its learning rate; returns its number, from 0."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * (1 - progress if self.anneal else 1)
+        self.updates += 1
+        return self.updates - 1
+
+    @property
+    def current_rate(self) -> float:
+        """The learning rate of the present update."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def step(
+        self, loss_of: LossOf, rows: Tensor, weight: Tensor | None = None, micro_batch_size: int = 0
+    ) -> dict[str, float]:
+        """One step on the loss of `rows` [M], computed `micro_batch_size` rows at a time (0: all at once).
+
+        `weight` [B] says how much each row counts in the mean that the loss is (its tokens, say; none: all alike), so
+        that the gradient is that of all rows at once. Returns the metrics' means (of those called `max_…` the largest)
+        and `gradient_norm`, before it was clipped. Raises `NonFiniteError`, with no weight touched, where the loss or
+        its gradient is not finite.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        weights = torch.ones_like(rows) if weight is None else weight[rows]
+        found: defaultdict[str, float] = defaultdict(float)
+        size = micro_batch_size or len(rows)
+        for part, part_weights in zip(rows.split(size), weights.split(size), strict=True):
+            share = part_weights.sum().item() / weights.sum().item()
+            loss, metrics = loss_of(part)
+            if not torch.isfinite(loss):
+                raise NonFiniteError(
+                    f"the loss of {_named(part)} became non-finite in update {self.updates}; the step was not taken"
+                )
+            (loss * share).backward()
+            for name, value in metrics.items():
+                is_max = name.startswith("max_")
+                found[name] = max(found[name], value.item()) if is_max else found[name] + value.item() * share
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise NonFiniteError(
+                f"the gradient of {_named(rows)} became non-finite in update {self.updates}; the step was not taken"
+            )
+        self.optimizer.step()
+        return {**found, "gradient_norm": norm.item()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adam's state and the number of updates begun."""
+        return {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates = state["updates"]
+
+
+def require_finite_logp(logp: Tensor, mask: Tensor, rows: Tensor) -> None:
+    """Raise `NonFiniteError` naming the first of the episodes `rows` [M] whose `logp` [M, T] is not finite."""
+    if (broken := (~torch.isfinite(logp) & mask).any(1)).any():
+        raise NonFiniteError(
+            f"the log-probabilities of episode {rows[broken][0]} of the batch became non-finite; the step was not taken"
+        )
+
+
+def minibatches(
+    size: int, count: int, shuffle: np.random.Generator, device: torch.device | str = "cpu"
+) -> Iterator[Tensor]:
+    """The numbers 0 … size − 1 in a random order, as `count` int64 tensors of nearly equal length, or fewer."""
+    for rows in np.array_split(shuffle.permutation(size), min(count, size)):
+        yield torch.from_numpy(rows).to(device)
+
+
+def passes(
+    size: int, batch_size: int, seed: int, *, epochs: int, updates: int | None = None, start: int = 0
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(step, steps, rows [M]) of each gradient step over `size` fixed examples, from step number `start` on.
+
+    Every epoch shuffles anew, by (seed, epoch) alone. There are as many steps as `epochs` hold, or `updates`.
+    """
+    per_epoch = -(-size // batch_size)
+    steps = epochs * per_epoch if updates is None else updates
+    for step in range(start, steps):
+        epoch, part = divmod(step, per_epoch)
+        order = np.random.default_rng([seed, epoch]).permutation(size)
+        yield step, steps, torch.from_numpy(order[part * batch_size : (part + 1) * batch_size])
+
+
+def mean_metrics(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over gradient steps; the largest of those called `max_…`."""
+    return {
+        name: float((np.max if name.startswith("max_") else np.mean)([step[name] for step in steps]))
+        for name in (steps[0] if steps else {})
+    }
+
+
+def _named(rows: Tensor) -> str:
+    first = ", ".join(map(str, rows[:8].tolist()))
+    return f"episode{'s' if len(rows) > 1 else ''} {first}{', …' if len(rows) > 8 else ''} of the batch"
 
 
 def descend(
@@ -25,12 +146,8 @@ def descend(
     (seed, epoch) alone. Raises `NonFiniteError`, with the weights as they were, where a gradient breaks.
     """
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    per_epoch = -(-examples // config.batch_size)
-    steps = config.epochs * per_epoch
-    for step in range(steps):
-        epoch, part = divmod(step, per_epoch)
-        order = np.random.default_rng([seed, epoch]).permutation(examples)
-        loss, facts = loss_of(order[part * config.batch_size : (part + 1) * config.batch_size].tolist())
+    for step, steps, rows in passes(examples, config.batch_size, seed, epochs=config.epochs):
+        loss, facts = loss_of(rows.tolist())
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * (1 - step / steps)
         optimizer.zero_grad(set_to_none=True)

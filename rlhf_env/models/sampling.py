@@ -59,17 +59,18 @@ def sample_responses(
     owner = np.arange(min(num_rows, total))  # [rows] the prompt that each row is answering
     waiting = len(owner)
     decoder: Decoder = policy.decoder(len(owner), law)
+    truncated: TruncatedDecoder | None = None
     if law.truncates:
         assert reference is not None, "top-k and top-p are judged by the reference"
-        decoder = TruncatedDecoder(decoder, reference.decoder(len(owner), law), law)
+        decoder = truncated = TruncatedDecoder(decoder, reference.decoder(len(owner), law), law)
         candidates = np.full(
             (total, most, 1), -1
         )  # as wide as the widest set so far: top-p alone rarely needs all of V
     decoder.start(range(len(owner)), [prompts[i] for i in owner.tolist()])
     while True:
         log_probs, t = decoder.log_probs, length[owner]
-        if isinstance(decoder, TruncatedDecoder):
-            left = decoder.candidates[:, : int((decoder.candidates >= 0).sum(-1).max())].cpu().numpy()
+        if truncated is not None:
+            left = truncated.candidates[:, : int((truncated.candidates >= 0).sum(-1).max())].cpu().numpy()
             if (more := left.shape[1] - candidates.shape[2]) > 0:
                 candidates = np.pad(candidates, ((0, 0), (0, 0), (0, more)), constant_values=-1)
             candidates[owner, t, : left.shape[1]] = left

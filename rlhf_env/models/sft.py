@@ -16,7 +16,7 @@ from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.descent import descend
 from rlhf_env.settings import SFTConfig
 from rlhf_env.text.codec import Codec
-from rlhf_env.text.demonstrations import Demonstration
+from rlhf_env.text.demonstrations import Demonstration, load_demonstrations
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,23 @@ def fit_demonstrations(
 
     def loss_of(batch: list[int]) -> tuple[Tensor, dict[str, float]]:
         nonlocal tokens
-        logp, learned = _log_probs(policy, [rows[i] for i in batch])
-        tokens += int(learned.sum())
-        return -masked_mean(logp, learned), {"tokens": tokens}
+        chosen = [rows[i] for i in batch]
+        tokens += sum(len(row.ids) - row.learned_from for row in chosen)
+        return demonstration_loss(policy, chosen), {"tokens": tokens}
 
     yield from descend([p for p in policy.parameters() if p.requires_grad], len(rows), loss_of, config, seed)
+
+
+def demonstration_loss(policy: CausalLM, rows: Sequence[EncodedDemonstration]) -> Tensor:
+    """Mean negative log-likelihood per learned token, in nats, with gradient."""
+    logp, learned = _log_probs(policy, rows)
+    return -masked_mean(logp, learned)
+
+
+def read_demonstrations(source: str, policy: CausalLM) -> list[EncodedDemonstration]:
+    """The demonstrations of a file or data set, encoded for a policy; those beyond its context are left out."""
+    codec, context = Codec(policy.tokenizer), policy.context_length
+    return encode_demonstrations(codec, load_demonstrations(source), context_length=context, too_long="drop")
 
 
 @torch.no_grad()

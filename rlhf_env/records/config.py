@@ -102,7 +102,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def documented(cls: Any, prefix: str = "") -> dict[str, str]:
     """The `#:` sentence of every setting of a dataclass by its dotted key, those of nested ones in their place."""
-    sentences = dict(re.findall(r"^    (\w+): .*?  #: (.+)$", inspect.getsource(cls), re.MULTILINE))
+    sentences: dict[str, str] = {}
+    for kind in reversed(cls.__mro__[:-1]):  # a config may extend another one
+        sentences |= dict(re.findall(r"^    (\w+): .*?  #: (.+)$", inspect.getsource(kind), re.MULTILINE))
     found: dict[str, str] = {}
     for name, kind in get_type_hints(cls).items():
         nested = dataclasses.is_dataclass(kind)
