@@ -6,24 +6,30 @@ Schulman et al. 2017 (arXiv 1707.06347) with the details of Ziegler et al. 2019 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
-from typing import Any
+import copy
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from rlhf_env.errors import ConfigError, NonFiniteError
+from rlhf_env.errors import ConfigError
 from rlhf_env.functional import (
     clipped_value_loss,
     explained_variance,
     gae,
-    kl_k3,
+    linear_schedule,
     masked_mean,
     ppo_clip_loss,
+    ratio_metrics,
     whiten,
 )
+from rlhf_env.models.descent import Descent, mean_metrics, minibatches, require_finite_logp
+from rlhf_env.models.sft import demonstration_loss, read_demonstrations
 from rlhf_env.types import Policy, Rollout
+
+_PTX_STREAM = 5  # keeps the random numbers that choose demonstrations apart from those that shuffle episodes
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,19 @@ class PPOConfig:
     batch_size: int = 128  #: episodes collected per update
     epochs: int = 4  #: passes over each batch; more reuse samples further from the policy they came from
     minibatches: int = 4  #: gradient steps per pass, each over batch_size / minibatches whole episodes
+    micro_batch_size: int = 0  #: episodes per backward pass; 0: all of the minibatch; the gradient is the same
     clip: float = 0.2  #: ε of the surrogate: how far a probability ratio may move before its gradient stops
-    value_clip: float = 0.2  #: the same for values, in units of return
+    value_network: Literal["shared", "separate"] = "shared"  #: the policy's own head, or a copy of the whole model
+    value_clip: float = 0.2  #: ε for values, in units of return: how far one may move before its gradient stops
     value_coef: float = 0.1  #: weight of the value loss
+    critic_warmup: int = 0  #: first updates in which only values are learned; a shared body then learns them too
     entropy_coef: float = 0.0  #: weight of an entropy bonus in the loss; unlike the KL term it changes the optimum
+    final_entropy_coef: float | None = None  #: its weight at the end of the budget, in a straight line; none: it stays
     gamma: float = 1.0  #: discount; below 1, late tokens (and the score) count less
     lam: float = 0.95  #: λ of GAE: 1 trusts returns (variance), 0 trusts values (bias)
+    max_update_kl: float | None = None  #: an update stops once it has moved further, nats per token; none: never
+    ptx: str | None = None  #: file of demonstrations whose likelihood is kept up (PPO-ptx); none: none
+    ptx_coef: float = 1.0  #: weight of their negative log-likelihood, in nats per token
     max_grad_norm: float = 1.0  #: gradients are scaled down to this norm
     adam_eps: float = 1e-5  #: keeps the first steps small where gradients are tiny
 
@@ -49,6 +62,8 @@ class PPOConfig:
             raise ConfigError("PPO needs epochs ≥ 1 and at least one episode per minibatch (batch_size ≥ minibatches)")
         if self.learning_rate < 0 or self.clip <= 0 or not 0 <= self.lam <= 1 or not 0 < self.gamma <= 1:
             raise ConfigError("PPO needs learning_rate ≥ 0, clip > 0, 0 ≤ lam ≤ 1 and 0 < gamma ≤ 1")
+        if self.critic_warmup < 0 or self.micro_batch_size < 0 or self.ptx_coef < 0:
+            raise ConfigError("PPO needs critic_warmup, micro_batch_size and ptx_coef of at least 0")
 
 
 class PPO:
@@ -56,73 +71,81 @@ class PPO:
 
     def __init__(self, policy: Policy, config: PPOConfig = PPOConfig(), *, seed: int = 0) -> None:  # noqa: B008 (frozen)
         self.policy, self.config, self.seed = policy, config, seed
-        self.batch_size, self.updates = config.batch_size, 0
-        self.parameters = [p for p in policy.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, eps=config.adam_eps)
+        self.batch_size = config.batch_size
+        self.critic = copy.deepcopy(policy) if config.value_network == "separate" else policy
+        self.ptx = [] if config.ptx is None else read_demonstrations(config.ptx, policy)  # type: ignore[arg-type]
+        trained = [*policy.parameters(), *(self.critic.parameters() if self.critic is not policy else [])]
+        self.descent = Descent(
+            trained,
+            config.learning_rate,
+            anneal=config.anneal,
+            max_grad_norm=config.max_grad_norm,
+            adam_eps=config.adam_eps,
+        )
 
     def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, float]:
         """Improve the policy on its own episodes; returns metrics averaged over gradient steps."""
-        c, mask = self.config, rollout.require_finite().response_mask
-        for group in self.optimizer.param_groups:
-            group["lr"] = c.learning_rate * (1 - progress if c.anneal else 1)
+        c = self.config
+        if self.critic is not self.policy:
+            rollout = replace(rollout, values=critic_values(self.critic, rollout))
+        mask = rollout.require_finite().response_mask
+        number = self.descent.begin(progress)
+        shuffle = np.random.default_rng([self.seed, number])
         advantages = gae(rollout.reward, rollout.values, mask, c.gamma, c.lam)
         returns = advantages + rollout.values
         advantages = whiten(advantages, mask)
+        entropy_coef = linear_schedule(c.entropy_coef, c.final_entropy_coef, progress)
+        warming_up = number < c.critic_warmup
+        # Each episode brings a demonstration along.
+        drawn = np.random.default_rng([self.seed, number, _PTX_STREAM]).integers(max(len(self.ptx), 1), size=len(mask))
 
-        metrics: defaultdict[str, list[float]] = defaultdict(list)
-        shuffle = np.random.default_rng([self.seed, self.updates])
+        def loss_of(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            batch, m = rollout[rows], mask[rows]
+            logp, values, entropy = self.policy.evaluate(batch)
+            require_finite_logp(logp, m, rows)
+            if self.critic is not self.policy:
+                values = self.critic.evaluate(batch)[1]
+            policy_loss = ppo_clip_loss(logp, batch.logp, advantages[rows], m, c.clip)
+            value_loss = clipped_value_loss(values, batch.values, returns[rows], m, c.value_clip)
+            entropy_mean = masked_mean(entropy, m)
+            loss = c.value_coef * value_loss
+            if not warming_up:
+                loss = loss + policy_loss - entropy_coef * entropy_mean
+            metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy_mean}
+            if self.ptx:
+                metrics["ptx_loss"] = ptx_loss = demonstration_loss(self.policy, [self.ptx[drawn[i]] for i in rows])  # type: ignore[arg-type]
+                loss = loss + c.ptx_coef * ptx_loss
+            return loss, metrics | ratio_metrics(logp, batch.logp, m, c.clip)
+
+        steps: list[dict[str, float]] = []
         for _ in range(c.epochs):
-            for rows in np.array_split(shuffle.permutation(len(rollout)), min(c.minibatches, len(rollout))):
-                rows = torch.from_numpy(rows).to(mask.device)
-                batch, m = rollout[rows], mask[rows]
-                logp, values, entropy = self.policy.evaluate(batch)
-                policy_loss = ppo_clip_loss(logp, batch.logp, advantages[rows], m, c.clip)
-                value_loss = clipped_value_loss(values, batch.values, returns[rows], m, c.value_clip)
-                entropy_mean = masked_mean(entropy, m)
-                loss = policy_loss + c.value_coef * value_loss - c.entropy_coef * entropy_mean
-                gradient_norm = self._step(loss, rows, logp, m)
-                with torch.no_grad():
-                    ratio = torch.where(m, logp - batch.logp, 0.0).exp()
-                    for name, value in {
-                        "policy_loss": policy_loss,
-                        "value_loss": value_loss,
-                        "entropy": entropy_mean,
-                        "approx_kl": masked_mean(kl_k3(batch.logp, logp), m),
-                        "clip_fraction": masked_mean(((ratio - 1).abs() > c.clip).float(), m),
-                        "max_ratio": ratio.max(),
-                        "ratio_error": (ratio - 1).abs().max(),
-                        "gradient_norm": gradient_norm,
-                    }.items():
-                        metrics[name].append(value.item())
-        self.updates += 1
-        first_ratio_error = metrics.pop("ratio_error")[0]  # before any step: 0 but for the sampler's other kernels
+            for rows in minibatches(len(rollout), c.minibatches, shuffle, mask.device):
+                steps.append(self.descent.step(loss_of, rows, mask.sum(1), c.micro_batch_size))
+            if c.max_update_kl is not None and steps[-1]["approx_kl"] > c.max_update_kl:
+                break
         return {
-            **{name: float(np.mean(values)) for name, values in metrics.items()},
-            "max_ratio": max(metrics["max_ratio"]),
-            "first_ratio_error": first_ratio_error,
+            **mean_metrics(steps),
+            "first_ratio_error": steps[0]["max_ratio_error"],  # before any step: 0 but for the sampler's other kernels
+            "gradient_steps": len(steps),
             "explained_variance": float(explained_variance(rollout.values, returns, mask)),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "entropy_coef": entropy_coef,
+            "learning_rate": self.descent.current_rate,
         }
 
-    def _step(self, loss: torch.Tensor, rows: torch.Tensor, logp: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """One step of Adam, refused where loss or gradient is not finite: no weight is touched then."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            broken = rows[(~torch.isfinite(logp) & mask).any(1)].tolist()
-            where = (
-                f"the log-probabilities of episode {broken[0]} of the batch" if broken else "the loss or its gradient"
-            )
-            raise NonFiniteError(f"{where} became non-finite in update {self.updates}; the step was not taken")
-        self.optimizer.step()
-        return norm
-
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer state and update counter."""
-        return {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+        """State of the descent, and the weights of a value network of its own."""
+        separate: Any = None if self.critic is self.policy else self.critic
+        return {"descent": self.descent.state_dict(), "critic": None if separate is None else separate.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.updates = state["updates"]
+        self.descent.load_state_dict(state["descent"])
+        if state["critic"] is not None:
+            self.critic.load_state_dict(state["critic"])  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def critic_values(critic: Policy, rollout: Rollout, chunk: int = 64) -> Tensor:
+    """Values [B, T] of a network that did not sample the rollout; 0 in the padding."""
+    parts = [critic.evaluate(rollout[i : i + chunk])[1] for i in range(0, len(rollout), chunk)]
+    return torch.where(rollout.response_mask, torch.cat(parts), 0.0)

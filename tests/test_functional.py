@@ -18,15 +18,19 @@ from rlhf_env.functional import (
     best_of_n,
     bradley_terry_loss,
     clipped_value_loss,
+    dpo_loss,
     entropy,
     explained_variance,
     gae,
     gather_logp,
+    implicit_reward,
     inverse_cdf_sample,
+    ipo_loss,
     kl_full,
     kl_k1,
     kl_k2,
     kl_k3,
+    kto_loss,
     last_token,
     masked_mean,
     masked_sum,
@@ -393,6 +397,7 @@ MASKED = {
     "gae": lambda x, y, z, mask: gae(x, y, mask, 0.9, 0.8),
     "ppo_clip_loss": lambda x, y, z, mask: ppo_clip_loss(x, y, z, mask),
     "clipped_value_loss": lambda x, y, z, mask: clipped_value_loss(x, y, z, mask),
+    "implicit_reward": lambda x, y, z, mask: implicit_reward(x, y, mask),
 }
 
 
@@ -491,3 +496,51 @@ def test_bradley_terry_loss_has_no_first_response_and_the_gradient_of_logistic_r
     torch.testing.assert_close(loss, bradley_terry_loss(-d, 1 - y), rtol=1e-12, atol=0)
     (gradient,) = torch.autograd.grad(loss, d)
     assert float(gradient) == pytest.approx(1 / (1 + math.exp(-difference)) - preference, abs=1e-12)
+
+
+def test_the_implicit_reward_is_the_log_ratio_of_the_whole_response() -> None:
+    logp, ref_logp = f64([-1, -2, -0.5], [-3, 99, 99]), f64([-1.5, -1, -1], [-1, 99, -99])
+    assert implicit_reward(logp, ref_logp, prefix_mask(3, 1, width=3)).tolist() == [0, -2]  # 0.5 − 1 + 0.5; −3 + 1
+
+
+def test_the_dpo_loss_by_hand() -> None:
+    """d = ln 9, β = ½: the first is preferred with probability σ(ln 3) = ¾."""
+    d = torch.full((4,), math.log(9), dtype=torch.float64)
+    preference = f64([1, 0, 0.5, 0.75])[0]
+    sure, surely_not = math.log(4 / 3), math.log(4)
+    expected = [sure, surely_not, (sure + surely_not) / 2, 0.75 * sure + 0.25 * surely_not]
+    close(dpo_loss(d, preference, 0.5), expected)
+    close(dpo_loss(d, preference, torch.full((4,), 0.5, dtype=torch.float64)), expected)
+    # One label in ten was turned over: what was 1 is 0.9, a tie stays a tie.
+    close(
+        dpo_loss(d, preference, 0.5, smoothing=0.1)[:3],
+        [0.9 * sure + 0.1 * surely_not, 0.1 * sure + 0.9 * surely_not, expected[2]],
+    )
+
+
+@pytest.mark.parametrize(("smoothing", "optimum"), [(0.0, math.log(3)), (0.1, math.log(0.7 / 0.3))])
+def test_where_the_dpo_loss_is_lowest(smoothing: float, optimum: float) -> None:
+    """At the log-odds of the label over β: ln(p / (1 − p)); p = ¾ smoothed by a tenth is 0.7."""
+    d = torch.tensor(optimum / 0.2, dtype=torch.float64, requires_grad=True)
+    dpo_loss(d, torch.tensor(0.75, dtype=torch.float64), 0.2, smoothing).backward()
+    close(d.grad, 0.0)
+
+
+def test_the_ipo_loss_by_hand() -> None:
+    """β = ¼: the preferred one is to lead by 2 nats."""
+    d = f64([2, 2, 3, 0])[0]
+    close(ipo_loss(d, f64([1, 0, 1, 0.5])[0], 0.25), [0, 16, 1, 4])
+    d = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)  # (p − ½)/β, p = ¾
+    ipo_loss(d, torch.tensor(0.75, dtype=torch.float64), 0.25).backward()
+    close(d.grad, 0.0)
+
+
+def test_the_kto_loss_by_hand() -> None:
+    """β (r − z) = ½ (ln 9 + 1 − 1) = ln 3, σ of which is ¾: a good response has ¼ to gain, a bad one ¾ to lose."""
+    r = torch.full((2,), math.log(9) + 1, dtype=torch.float64, requires_grad=True)
+    z = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    loss = kto_loss(r, torch.tensor([True, False]), z, 0.5, lambda_d=2.0, lambda_u=4.0)
+    close(loss.detach(), [0.5, 3])
+    loss.sum().backward()
+    close(r.grad, [-0.5 * 2 * 3 / 16, 0.5 * 4 * 3 / 16])  # β λ σ (1 − σ)
+    assert z.grad is None

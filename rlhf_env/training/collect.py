@@ -31,6 +31,8 @@ def collect(
     episodes: int | None = None,
     seed: int = 0,
     start: int = 0,
+    group_size: int | None = None,
+    stream: int = 0,
     greedy: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Rollout:
@@ -38,9 +40,10 @@ def collect(
 
     The same episodes that stepping the environment would give, and the same rewards, without stepping it. With
     `prompts`, one episode for each; otherwise `episodes` of the environment's own prompts, from position `start` of
-    their endlessly reshuffled order, where each stands `group_size` times in a row. Episode i depends only on `seed`,
-    `start + i` and its prompt. `envs` is a `TextGenerationVectorEnv` (its `num_envs` rows are decoded side by side) or
-    any wrapper of one. `progress` is told how many more episodes are finished.
+    their endlessly reshuffled order, where each stands `group_size` times in a row (none: as the environment says).
+    Episode i depends only on `seed`, `start + i`, its prompt and `stream`, whose number keeps independent answers to
+    the same prompts apart. `envs` is a `TextGenerationVectorEnv` (its `num_envs` rows are decoded side by side) or any
+    wrapper of one. `progress` is told how many more episodes are finished.
     """
     core = find_cores(envs)[0]
     task = core.task
@@ -49,12 +52,13 @@ def collect(
     if prompts is None:
         if episodes is None:
             raise ConfigError("collect needs prompts, or how many episodes of the environment's own prompts")
-        if start % task.group_size or episodes % task.group_size:
+        size = group_size or task.group_size
+        if start % size or episodes % size:
             raise ConfigError(
-                f"{episodes} episodes from position {start} cut groups of {task.group_size} apart: collect, and an "
-                "agent's batch_size, must be multiples of group_size"
+                f"{episodes} episodes from position {start} cut groups of {size} apart: collect, and an agent's "
+                "batch_size, must be multiples of group_size"
             )
-        prompts, prompt_ids = task.prompts_at(seed, start, episodes, task.group_size)
+        prompts, prompt_ids = task.prompts_at(seed, start, episodes, size)
     else:
         if isinstance(prompts, str):
             raise ConfigError("prompts must be a sequence of texts, not one string")
@@ -75,7 +79,7 @@ def collect(
         prompt_ids,
         task.law,
         max_new_tokens=limits,
-        seeds=[(seed, start + i, _SAMPLING_STREAM) for i in range(len(prompts))],
+        seeds=[(seed, start + i, _SAMPLING_STREAM, *([stream] if stream else [])) for i in range(len(prompts))],
         num_rows=core.num_slots,
         greedy=greedy,
         reference=task.reference,
