@@ -32,6 +32,9 @@ COMPARISONS = "tests/preferences/test_comparisons.py"
 PREFER = "tests/training/test_prefer.py"
 PIPELINE = "tests/training/test_pipeline.py"
 PAGE = "tests/report/test_page.py"
+RUN = "tests/training/test_run.py"
+RESUME = "tests/training/test_resume.py"
+INTERRUPTION = "tests/training/test_interruption.py"
 
 
 @dataclass(frozen=True)
@@ -895,5 +898,62 @@ MUTATIONS = [
         "{safe_html(sample.prompt)}",
         "{sample.prompt}",
         f"{PAGE}::test_hostile_text_stays_text_in_every_field",
+    ),
+    # --- runs that are measured, interrupted and continued
+    Mutation(
+        "of the best of n draws the last of equals stays",
+        "rlhf_env/training/evaluate.py",
+        "own.score.cpu().reshape(-1, best_of).argmax(1)",
+        "(best_of - 1 - own.score.cpu().reshape(-1, best_of).flip(1).argmax(1))",
+        f"{EVALUATE}::test_the_best_of_n_draws_is_the_policys_response",
+    ),
+    Mutation(
+        "what an agent makes of its policy is not measured",
+        "rlhf_env/training/run.py",
+        "        policy = agent.policy\n",
+        "        policy = parts.policy\n",
+        f"{RUN}::test_what_is_measured_is_the_agents_policy_and_what_is_trained_is_kept",
+    ),
+    Mutation(
+        "the best evaluation is the one of the highest score, whatever its KL",
+        "rlhf_env/training/run.py",
+        'objective = row["eval_score"] - beta *',
+        'objective = row["eval_score"] - 0 *',
+        f"{RUN}::test_the_best_evaluation_by_score_less_kl_keeps_its_model",
+    ),
+    Mutation(
+        "learning from data begins anew when it is resumed",
+        "rlhf_env/training/run.py",
+        "agent.fit(data, updates=updates, start=start)",
+        "agent.fit(data, updates=None if updates is None else updates - start)",
+        f"{RESUME}::test_a_resumed_run_is_the_one_that_was_not_interrupted[dpo]",
+    ),
+    Mutation(
+        "an interrupted run forgets the update that it waited for",
+        "rlhf_env/training/run.py",
+        "            if saved != spent.updates:\n                _save(run, agent, parts, spent)\n            raise",
+        "            raise",
+        f"{RESUME}::test_a_resumed_run_is_the_one_that_was_not_interrupted[ppo]",
+    ),
+    Mutation(
+        "a signal waits for as long as it takes",
+        "rlhf_env/training/interruption.py",
+        "signal.setitimer(signal.ITIMER_REAL, grace, _AGAIN)",
+        "pass",
+        f"{INTERRUPTION}::test_it_is_given_so_much_time_and_no_more_even_if_somebody_catches_everything",
+    ),
+    Mutation(
+        "TensorBoard keeps what a resumed run forgets",
+        "rlhf_env/records/dashboards.py",
+        "purge_step=start + 1",
+        "purge_step=None",
+        "tests/records/test_dashboards.py::test_tensorboard_forgets_what_a_resumed_run_forgets",
+    ),
+    Mutation(
+        "a step that is not finite is blamed on the first prompt",
+        "rlhf_env/training/run.py",
+        "prompt(int(named[1]))",
+        "prompt(0)",
+        "tests/training/test_non_finite.py::test_the_step_is_refused_and_its_sample_named",
     ),
 ]

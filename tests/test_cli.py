@@ -181,20 +181,27 @@ def test_wrong_usage_is_exit_code_2(command):
 
 
 def test_ctrl_c_is_exit_code_130_and_says_how_to_go_on(command, monkeypatch, tiny, tmp_path):
+    out = tmp_path / "a run"
+    words = ["train", "--policy", tiny / "policy", "--prompts", "p.txt", "--reward", "vader", "--out", out]
+
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rlhf_env.training.run.run_training", interrupt)
-    code, _, err = command(
-        "train", "--policy", tiny / "policy", "--prompts", "p.txt", "--reward", "vader", "--out", tmp_path / "a run"
-    )
-    assert code == 130
-    assert f"rlhf-env train --resume --out '{tmp_path}/a run'" in err
+    code, _, err = command(*words)
+    assert (code, err) == (130, "interrupted before there was anything to keep\n")
+    out.mkdir()
+    (out / "config.yaml").touch()
+    code, _, err = command(*words)
+    assert (code, err) == (130, f"interrupted; to continue: rlhf-env train --resume --out '{out}'\n")
+    code, _, err = command(*words, "--agent", "sb3:PPO")
+    assert (code, err) == (130, "interrupted; runs of sb3:PPO cannot be resumed, only begun anew\n")
 
 
 def test_agents_and_worlds_are_listed_one_line_each(command):
     code, out, _ = command("agents")
-    assert code == 0 and out.splitlines()[0].startswith("ppo ") and "sb3:PPO" in out
+    assert code == 0 and out.splitlines()[0].startswith("ppo ")
+    assert "\nsb3:PPO " in out and "\nsb3-contrib:TRPO " in out
     code, out, _ = command("worlds")
     assert code == 0
     assert all(line.startswith("rlhf_env/") and len(line.split()) > 3 for line in out.splitlines())
@@ -230,6 +237,41 @@ def test_progress_in_lines_tells_rate_and_time_left(capsys):
     # 100 tokens in 30 s, so 400 more take 120 s, though a resumed run's first row already stands at 600.
     assert lines[0] == "tokens 600/1,000  update 6  score 0.500  kl 0.000  3 tok/s  2:00 left"
     assert lines[1].startswith("tokens 1,000/1,000  update 10") and len(lines) == 2  # not a line for every update
+
+
+@pytest.mark.parametrize(
+    ("budget", "line"),
+    [
+        ({"queries": 160}, "queries 40/160  update 5  score 0.500  3 tok/s  0:30 left"),  # 8 in 2 s: 120 more take 30 s
+        ({"episodes": 80}, "episodes 20/80  update 5  score 0.500  3 tok/s  0:30 left"),
+        ({"updates": 20}, "updates 5/20  update 5  score 0.500  3 tok/s  0:30 left"),
+    ],
+)
+def test_progress_is_told_in_the_unit_of_the_budget(capsys, budget, line):
+    with training_progress(budget) as show:
+        show(
+            {
+                "update": 5,
+                "tokens": 100,
+                "episodes": 20,
+                "queries": 40,
+                "score": 0.5,
+                "seconds": 2.0,
+                "tokens_per_second": 3.3,
+            }
+        )
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_progress_of_learning_from_data_has_no_tokens_and_without_a_budget_no_end(capsys):
+    row = {"update": 3, "episodes": 0, "tokens": 0, "queries": 0, "loss": 0.25, "accuracy": 0.5, "seconds": 2.0}
+    for budget in ({"updates": 9}, {}):
+        with training_progress(budget) as show:
+            show(row)
+    assert capsys.readouterr().err.splitlines() == [
+        "updates 3/9  update 3  loss 0.250  accuracy 0.500  0:12 left",
+        "updates 3  update 3  loss 0.250  accuracy 0.500",
+    ]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (65, "1:05"), (3600, "1:00:00"), (7325, "2:02:05")])
@@ -275,6 +317,12 @@ def test_responses_are_counted_in_lines_now_and_then(capsys, time_passes):
 def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
+    row = {"update": 1, "tokens": 9, "episodes": 2, "queries": 2, "seconds": 1.0, "tokens_per_second": 9.0}
+    for budget in ({"queries": 4}, {}):
+        with training_progress(budget) as show:
+            show(row)
+        _, shown = capsys.readouterr()
+        assert "━" in shown and "update 1" in shown and ("50%" in shown, "%" in shown) == (bool(budget), bool(budget))
     with step_progress() as show:
         show({"step": 1, "steps": 2, "loss": 0.25, "accuracy": 1.0})
     with response_progress() as show:

@@ -40,7 +40,10 @@ for _command in (agents, doctor):
 
 
 def main() -> None:
-    """Run the command line: exit code 0, 1 after one line of what is wrong, 2 for wrong usage, 130 for Ctrl-C."""
+    """Run the command line: exit code 0, 1 after one line of what is wrong, 2 for wrong usage, 130 for Ctrl-C.
+
+    `train` and the pipeline's training keep what they have learned when they get SIGTERM, too, and exit with 143.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on two threads, and results depend on it
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

@@ -13,8 +13,10 @@ from typing import Annotated, Any
 import typer
 
 from rlhf_env.cli import settings as cli
+from rlhf_env.cli.train import watch_training
 from rlhf_env.errors import ConfigError
 from rlhf_env.training.config import PipelineConfig, TrainConfig
+from rlhf_env.training.interruption import exit_code
 
 _DOC = cli.sentences(PipelineConfig)
 MORE_TO_PIPELINE = cli.rest_of(_DOC, {})
@@ -66,9 +68,9 @@ def run_and_print(config: PipelineConfig, out: Path, seeds: str | None = None, u
         raise ConfigError("--until stops a single pipeline: leave --seeds out, or let the pipelines finish")
     try:
         _run(config, out, seeds, until)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted; the same command continues it", file=sys.stderr)
-        raise
+        raise typer.Exit(exit_code(error)) from None
 
 
 def _run(config: PipelineConfig, out: Path, seeds: str | None, until: str | None) -> None:
@@ -148,11 +150,11 @@ def print_seeds(summaries: Mapping[int, Mapping[str, Any]]) -> None:
 @contextmanager
 def watch(name: str, config: Any) -> Iterator[Callable[..., None]]:
     """Show how a stage of the pipeline goes on."""
-    from rlhf_env.cli.show import response_progress, step_progress, training_progress
+    from rlhf_env.cli.show import response_progress, step_progress
 
     print(f"{name} …", file=sys.stderr)
     if isinstance(config, TrainConfig):
-        with training_progress(config.budget) as show:
+        with watch_training(config) as show:
             yield show
     elif name in ("sft", "reward"):
         with step_progress() as show:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_env.records.config import Layer, build, documented, dotted_layer, override_layer, read_layer
+from rlhf_env.training.config import BUDGETS
 
 T = TypeVar("T")
 
 OVERRIDES = "Any setting by its dotted name, e.g. env.temperature=0.7; these win over flags, and flags over the file."
 CONFIG = "A YAML file of settings, e.g. the config.yaml of an earlier run."
 THREADS = "CPU threads of torch (default: OMP_NUM_THREADS, else 1; tiny models are faster on one)."
-_BUDGETS = ("tokens", "episodes", "updates")
 
 
 def settings_from(kind: type[T], file: Path | None, flags: Mapping[str, Any], overrides: Sequence[str] | None) -> T:
@@ -24,9 +24,9 @@ def settings_from(kind: type[T], file: Path | None, flags: Mapping[str, Any], ov
     given = [(key, value) for key, value in flags.items() if value is not None and value is not False]
     typed = [dotted_layer("the command line", given), override_layer(overrides or [])]
     # A budget replaces the file's, whatever its unit.
-    if any(unit in layer.values for unit in _BUDGETS for layer in typed):
+    if any(unit in layer.values for unit in BUDGETS for layer in typed):
         layers = [Layer(one.source, _without_budget(one.values)) for one in layers]
-    if any(unit in _section(layer, "train") for unit in _BUDGETS for layer in typed):
+    if any(unit in _section(layer, "train") for unit in BUDGETS for layer in typed):
         layers = [Layer(one.source, {**one.values, "train": _without_budget(_section(one, "train"))}) for one in layers]
     return build(kind, *layers, *typed)
 
@@ -37,7 +37,7 @@ def _section(layer: Layer, name: str) -> Mapping[str, Any]:
 
 
 def _without_budget(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in _BUDGETS}
+    return {key: value for key, value in values.items() if key not in BUDGETS}
 
 
 def sentences(kind: Any) -> dict[str, str]:

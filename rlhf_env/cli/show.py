@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -18,12 +19,16 @@ from rlhf_env.records.safe_text import safe_text
 from rlhf_env.training.report import decimal
 
 _SECONDS_BETWEEN_LINES = 10.0
+_MEANS = ("epoch", "loss", "accuracy", "score", "kl", "eval_score")  # of a row, as far as its agent has them
 
 
 @contextmanager
 def training_progress(budget: Mapping[str, int]) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that shows each row of a training run: in a bar on a terminal, in lines now and then elsewhere."""
-    ((unit, total),) = budget.items()
+    """A function that shows each row of a training run: in a bar on a terminal, in lines now and then elsewhere.
+
+    Without a budget nobody but the agent knows when it ends.
+    """
+    ((unit, total),) = budget.items() or [("updates", None)]
     field = {"updates": "update"}.get(unit, unit)
     console = Console(stderr=True)
     done = seconds = 0.0
@@ -35,16 +40,16 @@ def training_progress(budget: Mapping[str, int]) -> Iterator[Callable[[dict[str,
         if before is None:  # a resumed run's first row counts for one update, not for all of them
             before = used - used / row["update"]
         done, seconds, before = done + used - before, seconds + row["seconds"], used
-        left = max(total - used, 0) * seconds / done
-        means = "".join(f"  {name} {decimal(row[name])}" for name in ("score", "kl", "eval_score") if name in row)
-        return f"update {row['update']}{means}  {row['tokens_per_second']:,.0f} tok/s  {clock(left)} left"
+        means = "".join(f"  {name} {decimal(row[name])}" for name in _MEANS if name in row)
+        speed = f"  {row['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in row else ""
+        left = "" if total is None else f"  {clock(max(total - used, 0) * seconds / done)} left"
+        return f"update {row['update']}{means}{speed}{left}"
 
     if console.is_terminal:
-        with Progress(
-            BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"), console=console
-        ) as bar:
+        columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=console) as bar:
             task = bar.add_task("measuring the start", total=total)
-            yield lambda row: bar.update(task, completed=min(row[field], total), description=facts(row))
+            yield lambda row: bar.update(task, completed=min(row[field], total or row[field]), description=facts(row))
         return
 
     printed = -_SECONDS_BETWEEN_LINES
@@ -52,9 +57,10 @@ def training_progress(budget: Mapping[str, int]) -> Iterator[Callable[[dict[str,
     def line(row: dict[str, Any]) -> None:
         nonlocal printed
         text, now = facts(row), time.monotonic()
-        if now - printed >= _SECONDS_BETWEEN_LINES or row[field] >= total:
+        if now - printed >= _SECONDS_BETWEEN_LINES or row[field] >= (total or math.inf):
             printed = now
-            print(f"{unit} {row[field]:,}/{total:,}  {text}", file=sys.stderr, flush=True)
+            of = "" if total is None else f"/{total:,}"
+            print(f"{unit} {row[field]:,}{of}  {text}", file=sys.stderr, flush=True)
 
     yield line
 

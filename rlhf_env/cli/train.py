@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,16 +13,17 @@ import typer
 
 from rlhf_env.cli import settings as cli
 from rlhf_env.errors import ConfigError
-from rlhf_env.training.config import TrainConfig
+from rlhf_env.training.config import BUDGETS, TrainConfig
+from rlhf_env.training.interruption import exit_code, postponed_signals
 
 _DOC = cli.sentences(TrainConfig)
 _FLAGS = {
-    **{name: name for name in ("agent", "policy", "reference", "prompts", "eval_prompts", "reward", "gold")},
-    **{name: name for name in ("tokens", "episodes", "updates", "num_envs", "seed", "device", "dtype")},
+    **{name: name for name in ("agent", "policy", "reference", "prompts", "eval_prompts", "reward", "gold", "data")},
+    **{name: name for name in (*BUDGETS, "num_envs", "seed", "device", "dtype")},
     **{name: f"env.{name}" for name in ("beta", "target_kl", "max_new_tokens", "temperature", "chat_template")},
 }
 MORE_TO_TRAIN = cli.rest_of(_DOC, _FLAGS) + "\n\n`rlhf-env agents NAME` lists an agent's own settings."
-_SHOWN = ("score", "gold", "kl", "win_rate", "length", "eos_rate", "distinct_1", "distinct_2")
+_SHOWN = ("score", "gold", "kl", "kl_bound", "win_rate", "length", "eos_rate", "distinct_1", "distinct_2")
 
 
 def train(
@@ -31,6 +33,7 @@ def train(
     reward: Annotated[str | None, typer.Option(help=_DOC["reward"])] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder, new or empty.")] = None,
     agent: Annotated[str | None, typer.Option(help=_DOC["agent"])] = None,
+    data: Annotated[str | None, typer.Option(help=_DOC["data"])] = None,
     reference: Annotated[str | None, typer.Option(help=_DOC["reference"])] = None,
     eval_prompts: Annotated[str | None, typer.Option(help=_DOC["eval_prompts"])] = None,
     gold: Annotated[str | None, typer.Option(help=_DOC["gold"])] = None,
@@ -39,6 +42,7 @@ def train(
     tokens: Annotated[str | None, typer.Option(metavar="N", help=_DOC["tokens"])] = None,
     episodes: Annotated[str | None, typer.Option(metavar="N", help=_DOC["episodes"])] = None,
     updates: Annotated[str | None, typer.Option(metavar="N", help=_DOC["updates"])] = None,
+    queries: Annotated[str | None, typer.Option(metavar="N", help=_DOC["queries"])] = None,
     max_new_tokens: Annotated[str | None, typer.Option(metavar="N", help=_DOC["env.max_new_tokens"])] = None,
     temperature: Annotated[str | None, typer.Option(metavar="FLOAT", help=_DOC["env.temperature"])] = None,
     chat_template: Annotated[str | None, typer.Option(help=_DOC["env.chat_template"])] = None,
@@ -65,25 +69,44 @@ def train(
     settings = cli.settings_from(TrainConfig, stored, flags, overrides)
     cli.use_threads(threads)
 
-    from rlhf_env.cli.show import training_progress
+    from rlhf_env.training.agents import is_sb3
     from rlhf_env.training.run import run_training
 
     try:
-        with training_progress(settings.budget) as show:
-            summary = run_training(settings, out, resume=resume, on_update=show)
-    except KeyboardInterrupt:
-        print(f"interrupted; to continue: rlhf-env train --resume --out {shlex.quote(str(out))}", file=sys.stderr)
-        raise
+        with watch_training(settings) as on_update:
+            summary = run_training(settings, out, resume=resume, on_update=on_update)
+    except KeyboardInterrupt as error:
+        if is_sb3(settings.agent):
+            print(f"interrupted; runs of {settings.agent} cannot be resumed, only begun anew", file=sys.stderr)
+        elif (out / "config.yaml").is_file():
+            print(f"interrupted; to continue: rlhf-env train --resume --out {shlex.quote(str(out))}", file=sys.stderr)
+        else:
+            print("interrupted before there was anything to keep", file=sys.stderr)
+        raise typer.Exit(exit_code(error)) from None
     print_summary(summary, out)
+
+
+@contextmanager
+def watch_training(config: TrainConfig) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that shows each row of a run, and lets a signal that came meanwhile end the run after it."""
+    from rlhf_env.cli.show import training_progress
+
+    with training_progress(config.budget) as show, postponed_signals() as raise_if_asked:
+
+        def on_update(row: dict[str, Any]) -> None:
+            show(row)
+            raise_if_asked()
+
+        yield on_update
 
 
 def print_summary(summary: Mapping[str, Any], out: Path) -> None:
     """Print a finished run: metrics before and after with their intervals, two samples, and where things are."""
     from rlhf_env.cli.show import metrics_table, samples_table
     from rlhf_env.records.run import Run
-    from rlhf_env.training.report import interval
+    from rlhf_env.training.report import cost, interval
 
-    names = [name for name in _SHOWN if f"{name}_before" in summary]
+    names = [name for name in _SHOWN if f"{name}_before" in summary or name in summary]
     after = [interval(summary, f"{n}_after" if n in ("score", "gold") else n) for n in names]
     before = [interval(summary, f"{n}_before") for n in names]
     kind = "held-out prompts" if summary["held_out"] else "the training prompts"
@@ -92,7 +115,7 @@ def print_summary(summary: Mapping[str, Any], out: Path) -> None:
     )
     samples = Run.open(out).samples[:2]
     samples_table(samples, {"prompt": "prompt", "before": "before", "after": "after"})
-    print(
-        f"{summary['tokens']:,} tokens in {summary['seconds']:,.1f} s ({summary['tokens_per_second']:,.0f} per second)"
-    )
+    print(cost(summary))
+    if "best_update" in summary:
+        print(f"best:   {out / 'best' / 'model'} (update {summary['best_update']})")
     print(f"policy: {out / 'model'}\ncard:   {out / 'README.md'}")

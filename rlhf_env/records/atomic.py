@@ -1,8 +1,10 @@
-"""Files that are there whole or not at all, whenever the process is killed or the power fails."""
+"""Files and folders that are there whole or not at all, whenever the process is killed or the power fails."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -18,8 +20,27 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+def write_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
+    """Replace the folder at `path` by the one that `fill` is given to write to.
+
+    A reader sees all of the old one or all of the new one, and between two renames none.
+    """
+    partial, old = (path.with_name(f".{path.name}.{word}.tmp") for word in ("new", "old"))
+    for left in (partial, old):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    fill(partial)
+    for written in [*partial.rglob("*"), partial]:
+        sync(written)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(partial, path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def is_partial(path: Path) -> bool:
-    """Whether a file is what `write_atomic` was writing when its process was killed."""
+    """Whether a file or folder is what was being written when its process was killed."""
     return path.name.startswith(".") and path.suffix == ".tmp"
 
 

@@ -18,7 +18,7 @@ from rlhf_env.records.jsonl import append_jsonl, parse_jsonl, read_json, read_js
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder: config.yaml, metrics.jsonl, summary.json, samples.jsonl, README.md, checkpoints/, plots/."""
+    """One run's folder: config.yaml, metrics.jsonl, summary.json, samples.jsonl, README.md, checkpoints/, best/, …"""
 
     path: Path
 
@@ -83,6 +83,11 @@ class Run:
     def checkpoints(self) -> Path:
         """Where checkpoints go."""
         return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """Where the best model so far goes, beside the metrics.json that says how good it is."""
+        return self.path / "best"
 
     @property
     def plots(self) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from rlhf_env.envs.beta import AdaptiveBeta, BetaController, ScheduledBeta
-from rlhf_env.envs.task import ScoreFn
+from rlhf_env.envs.task import KLMode, ScoreFn
 from rlhf_env.envs.vector import TextGenerationVectorEnv
 from rlhf_env.errors import ConfigError, EmptyPromptError, PromptTooLongError, TokenizerError
 from rlhf_env.models.causal_lm import CausalLM
@@ -35,8 +35,11 @@ class Parts:
     held_out: bool  # whether evaluation uses prompts that training does not
 
 
-def assemble(config: TrainConfig) -> Parts:
-    """Read the prompts, load the models and make the environments of a training run."""
+def assemble(config: TrainConfig, *, kl_mode: KLMode = "reward") -> Parts:
+    """Read the prompts, load the models and make the environments of a training run.
+
+    `kl_mode` says what the rewards of training contain; those of evaluation always hold the KL.
+    """
     prompts = load_prompts(config.prompts)
     if config.eval_prompts is None:
         prompts, eval_prompts = split_prompts(prompts, config.seed)
@@ -49,8 +52,10 @@ def assemble(config: TrainConfig) -> Parts:
     reference = load_reference(config) or policy.frozen_copy()
     policy.freeze_layers(config.freeze_layers)
 
-    def make(prompts: Sequence[str], file: str, beta: float | BetaController) -> TextGenerationVectorEnv:
-        return make_envs(config.env, config.num_envs, prompts, file, policy, reward, reference, beta)
+    def make(
+        prompts: Sequence[str], file: str, beta: float | BetaController, kl_mode: KLMode = "reward"
+    ) -> TextGenerationVectorEnv:
+        return make_envs(config.env, config.num_envs, prompts, file, policy, reward, reference, beta, kl_mode)
 
     env, beta = config.env, config.env.beta
     if env.target_kl is not None:
@@ -59,7 +64,7 @@ def assemble(config: TrainConfig) -> Parts:
         beta = ScheduledBeta(((0, env.beta), (env.beta_horizon, env.final_beta)))
     return Parts(
         policy=policy,
-        envs=make(prompts, config.prompts, beta),
+        envs=make(prompts, config.prompts, beta, kl_mode),
         eval_envs=make(eval_prompts, config.eval_prompts or config.prompts, env.beta),
         gold=gold,
         held_out=set(eval_prompts).isdisjoint(prompts),
@@ -96,6 +101,7 @@ def make_envs(
     reward: RewardModel | ScoreFn,
     reference: Policy | None,
     beta: float | BetaController,
+    kl_mode: KLMode = "reward",
 ) -> TextGenerationVectorEnv:
     """The batched environment of the settings; what is wrong with a prompt is told with the `file` it came from."""
     codec = Codec(policy.tokenizer, chat_template=read_chat_template(env.chat_template))
@@ -119,6 +125,7 @@ def make_envs(
             missing_eos_penalty=env.missing_eos_penalty,
             length_penalty=env.length_penalty,
             group_size=env.group_size,
+            kl_mode=kl_mode,
             kl_placement=env.kl_placement,
         )
         if policy.context_length is not None and envs.task.observation_length > policy.context_length:

@@ -10,6 +10,7 @@ from rlhf_env.settings import BradleyTerryConfig, LabelerConfig, SFTConfig
 
 DType = Literal["float32", "float64", "bfloat16", "float16"]
 
+BUDGETS = ("tokens", "episodes", "updates", "queries")
 DEFAULT_TOKENS = 200_000
 
 
@@ -151,26 +152,29 @@ class TrainConfig:
     policy: str  #: folder or hub name of the language model to train
     prompts: str  #: file of prompts, .txt (one per line) or .jsonl (key "prompt")
     reward: str  #: what scores responses: "vader", "module:function" or the folder of a classifier
-    agent: str = "ppo"  #: "ppo", "sb3:PPO" (any actor-critic of Stable-Baselines3) or your "module:Class"
+    agent: str = "ppo"  #: a name that `rlhf-env agents` lists, any other "sb3:NAME", or your "module:Class"
+    data: str | None = None  #: what an agent that samples nothing learns from: comparisons, or ilql's logged responses
     reference: str | None = None  #: the model that KL is measured to; none: the policy as it starts
     eval_prompts: str | None = None  #: file of prompts to evaluate on; none: a tenth of `prompts` is held out for it
     gold: str | None = None  #: the true reward of a synthetic experiment, evaluated but never trained on
     tokens: int | None = None  #: budget in sampled tokens (200,000 where no budget is given)
     episodes: int | None = None  #: budget in episodes
-    updates: int | None = None  #: budget in updates of the agent
+    updates: int | None = None  #: budget in updates of the agent; with data in gradient steps, none: its epochs
+    queries: int | None = None  #: budget in responses that the reward model scores
     seed: int = 0  #: of sampling, the order of prompts, the hold-out and the agent
     device: str = "cpu"  #: "cpu", "cuda", "cuda:1", "mps"
     dtype: DType = "float32"  #: precision of the model's weights; log-probabilities are never below float32
     freeze_layers: int = 0  #: keep the embeddings and this many of the first blocks as they are
     num_envs: int = 32  #: responses written side by side
     eval_episodes: int = 128  #: responses in each evaluation
-    eval_every: int = 0  #: updates between evaluations; 0: before and after training only
+    eval_every: int = 0  #: updates between evaluations, the best of which stays; 0: before and after training only
     checkpoint_every: int = 10  #: updates between checkpoints; 0: after the last only
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()  #: where else metrics go: tensorboard, wandb
     env: EnvConfig = field(default_factory=EnvConfig)  #: the token MDP
     settings: dict[str, Any] = field(default_factory=dict)  #: the agent's own, e.g. learning_rate; see its config
 
     def __post_init__(self) -> None:
-        given = {k: v for k in ("tokens", "episodes", "updates") if (v := getattr(self, k)) is not None}
+        given = self._given
         if len(given) > 1:
             raise ConfigError(f"a run has one budget, but {' and '.join(given)} are given: leave all but one out")
         at_least = {"num_envs": 1, "eval_episodes": 1, "eval_every": 0, "checkpoint_every": 0, "freeze_layers": 0}
@@ -178,9 +182,12 @@ class TrainConfig:
 
     @property
     def budget(self) -> dict[str, int]:
-        """The one budget, by its unit: tokens, episodes or updates."""
-        given = {k: v for k in ("tokens", "episodes", "updates") if (v := getattr(self, k)) is not None}
-        return given or {"tokens": DEFAULT_TOKENS}
+        """The one budget, by its unit; empty where an agent learns from `data` as long as its own settings say."""
+        return self._given or ({"tokens": DEFAULT_TOKENS} if self.data is None else {})
+
+    @property
+    def _given(self) -> dict[str, int]:
+        return {unit: budget for unit in BUDGETS if (budget := getattr(self, unit)) is not None}
 
 
 @dataclass(frozen=True)

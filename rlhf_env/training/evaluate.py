@@ -45,9 +45,14 @@ def evaluate(
     gold: RewardModel | ScoreFn | None = None,
     text: str | None = None,
     greedy: bool = False,
+    best_of: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Sample one response to each prompt and measure them, beside the reference's responses to the same prompts.
+
+    With `best_of` n, the policy's response is the one of n draws that has the highest score (of equals the first).
+    What the KL of such a choice is, no log-ratio says; `kl_bound`, in place of `kl` and its kin, is log n − (n − 1)/n
+    nats, which the KL to the policy that drew never exceeds (Beirami et al. 2024, arXiv 2401.01879).
 
     Metrics: `score`, `gold` (where a true reward is given), `kl` (nats per sequence to the reference, by the estimators
     k1, `kl_k2` and `kl_k3`, and `kl_full`: summed over the vocabulary in every state that was visited), `length`,
@@ -60,7 +65,10 @@ def evaluate(
     task, beta = core.task, core.beta_state()
     if prompts is None:
         prompts, _ = task.prompts_at(seed, 0, episodes)
-    own = collect(policy, envs, prompts, seed=seed, greedy=greedy, progress=progress)
+    drawn = [prompt for prompt in prompts for _ in range(best_of)]
+    own = collect(policy, envs, drawn, seed=seed, greedy=greedy, progress=progress)
+    if best_of > 1:
+        own = own[torch.arange(len(prompts)) * best_of + own.score.cpu().reshape(-1, best_of).argmax(1)]
     samples = _rows(task, prompts, own, gold)
     metrics = _measured(own, samples)
     shown = own[slice(0, _SHOWN)]
@@ -70,7 +78,9 @@ def evaluate(
     ]
     if task.uses_reference:
         assert task.reference is not None
-        if not greedy:  # the log-ratio of the most probable tokens is no estimate of the KL
+        if best_of > 1:
+            metrics["kl_bound"] = _kl_bound(best_of)
+        elif not greedy:  # the log-ratio of the most probable tokens is no estimate of the KL
             metrics |= mean_interval("kl", own.kl.numpy(force=True))
             for name, estimator in (("kl_k2", kl_k2), ("kl_k3", kl_k3)):
                 nats = masked_sum(estimator(own.logp, own.ref_logp), own.response_mask, dim=1)
@@ -84,7 +94,8 @@ def evaluate(
         wins = float((difference > 0).sum() + 0.5 * (difference == 0).sum())
         metrics |= rate_interval("win_rate", wins, len(own))
         for row, other, kl in zip(samples, others, own.kl.tolist(), strict=True):
-            row |= {"kl": kl, **{f"reference_{name}": value for name, value in other.items() if name != "prompt"}}
+            row |= {} if best_of > 1 else {"kl": kl}
+            row |= {f"reference_{name}": value for name, value in other.items() if name != "prompt"}
         shown = theirs[slice(0, _SHOWN)]
         log_ratio = teacher_forced_logp(policy, shown) - shown.ref_logp
         for row, other, numbers in zip(tokens, others, token_rows(task, shown, log_ratio), strict=False):
@@ -128,12 +139,16 @@ def best_of_n_path(scores: Tensor, gold: Tensor | None = None, *, most: int | No
     """
     rows, n = [], 1
     while n <= (most or scores.shape[1]):
-        row = {"n": n, "kl_bound": math.log(n) - (n - 1) / n}
+        row = {"n": n, "kl_bound": _kl_bound(n)}
         row |= mean_interval("score", best_of_n(scores, n).numpy())
         if gold is not None:
             row |= mean_interval("gold", best_of_n(scores, n, gold).numpy())
         rows, n = [*rows, row], 2 * n
     return rows
+
+
+def _kl_bound(n: int) -> float:
+    return math.log(n) - (n - 1) / n
 
 
 def _facts(row: dict[str, Any]) -> dict[str, float]:

@@ -11,9 +11,9 @@ from rlhf_env.records.atomic import write_atomic
 from rlhf_env.records.run import Run
 from rlhf_env.report.content import Chart, Histogram, Point, Report, Response, Sample, Series, Table
 from rlhf_env.report.page import render_report
-from rlhf_env.training.report import interval
+from rlhf_env.training.report import axis, interval
 
-_METRICS = ("score", "gold", "kl", "win_rate", "length", "eos_rate", "distinct_1", "distinct_2")
+_METRICS = ("score", "gold", "kl", "kl_bound", "win_rate", "length", "eos_rate", "distinct_1", "distinct_2")
 _TITLES = {"score": "Score", "gold": "Gold", "kl": "KL to the reference"}
 
 
@@ -45,7 +45,8 @@ def read_report(folder: str | Path) -> Report:
         *(_curve(train, summary, name) for name in ("score", "gold", "kl")),
         *(_path(train, summary, best_of, name) for name in ("score", "gold")),
     ]
-    facts = f"{summary['agent']}, β = {summary['beta']:g}, seed {summary['seed']}, {summary['tokens']:,} sampled tokens"
+    spent = f"{summary['tokens']:,} sampled tokens" if summary["tokens"] else f"{summary['updates']:,} updates"
+    facts = f"{summary['agent']}, β = {summary['beta']:g}, seed {summary['seed']}, {spent}"
     gold = "gold_before" in summary
     versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
     return Report(
@@ -103,7 +104,8 @@ def stage_result(name: str, summary: Mapping[str, Any]) -> str:
         gold = f", with gold {interval(summary, 'gold_accuracy')}" if "gold_accuracy" in summary else ""
         return f"accuracy on {summary['held_out']:,} held-out comparisons {interval(summary, 'accuracy')}{gold}"
     if name == "train":
-        return f"{summary['updates']:,} updates, {summary['tokens_per_second']:,.0f} tokens per second"
+        rate = f", {summary['tokens_per_second']:,.0f} tokens per second" if summary["tokens"] else ""
+        return f"{summary['updates']:,} updates{rate}"
     return f"score {interval(summary, 'score')}, KL {interval(summary, 'kl')}"
 
 
@@ -127,36 +129,39 @@ def _calibration(reward: Mapping[str, Any]) -> Chart:
 
 
 def _evaluations(train: Run, summary: Mapping[str, Any], name: str) -> list[tuple[float, float, Point]]:
-    """(tokens, KL, point) of every evaluation of a metric, from the one before training to the one after it."""
+    """(spent, KL, point) of every evaluation of a metric, from the one before training to the one after it."""
+    spent, rows = axis(summary)[0], train.metrics
 
-    def found(values: Mapping[str, Any], tokens: float, kl: float, before: str = "", after: str = "") -> Any:
+    def found(values: Mapping[str, Any], used: float, kl: float, before: str = "", after: str = "") -> Any:
         if (key := f"{before}{name}{after}") in values:
             low, high = (values.get(f"{key}{bound}") for bound in ("_low", "_high"))
-            yield tokens, kl, Point(tokens, values[key], low, high)
+            yield used, kl, Point(used, values[key], low, high)
 
-    ends = "" if name == "kl" else "_after"
+    ends, last = "" if name == "kl" else "_after", rows[-1][spent]
     points = [*found(summary, 0, summary.get("kl_before", 0.0), after="_before")]
-    for row in train.metrics:
-        points += found(row, row["tokens"], row.get("eval_kl", 0.0), before="eval_")
-    if not points or points[-1][0] != summary["tokens"]:
-        points += found(summary, summary["tokens"], summary.get("kl", 0.0), after=ends)
+    for row in rows:
+        points += found(row, row[spent], row.get("eval_kl", row.get("eval_kl_bound", 0.0)), before="eval_")
+    if not points or points[-1][0] != last:
+        points += found(summary, last, summary.get("kl", summary.get("kl_bound", 0.0)), after=ends)
     return points
 
 
 def _curve(train: Run, summary: Mapping[str, Any], name: str) -> Chart | None:
-    batches = tuple(Point(row["tokens"], row[name]) for row in train.metrics if name in row)
+    spent, called = axis(summary)
+    batches = tuple(Point(row[spent], row[name]) for row in train.metrics if name in row)
     held_out = tuple(point for _, _, point in _evaluations(train, summary, name))
     series = [Series("training batches", batches)] if batches else []
     where = "held-out prompts" if summary["held_out"] else "evaluation"
     series += [Series(where, held_out, "both")] if held_out else []
     unit = "nats per response" if name == "kl" else ""
-    return Chart(_TITLES[name], "sampled tokens", unit, tuple(series)) if series else None
+    return Chart(_TITLES[name], called, unit, tuple(series)) if series else None
 
 
 def _path(train: Run, summary: Mapping[str, Any], best_of: Sequence[Mapping[str, Any]], name: str) -> Chart | None:
+    unit = axis(summary)[1].removeprefix("sampled ")
     points = [
-        Point(kl, point.y, point.low, point.high, f"{tokens:,} tokens")
-        for tokens, kl, point in _evaluations(train, summary, name)
+        Point(kl, point.y, point.low, point.high, f"{used:,} {unit}")
+        for used, kl, point in _evaluations(train, summary, name)
     ]
     best = [
         Point(row["kl_bound"], row[name], row.get(f"{name}_low"), row.get(f"{name}_high"), f"best of {row['n']}")

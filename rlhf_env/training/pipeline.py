@@ -17,13 +17,15 @@ from rlhf_env.errors import ConfigError, DataError
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.preferences.comparisons import distinct, read_comparisons
 from rlhf_env.records.config import Layer, build, flat, read_layer, to_dict
+from rlhf_env.records.dashboards import require_dashboards
 from rlhf_env.records.jsonl import read_jsonl, write_jsonl
 from rlhf_env.records.run import Run, require_free
 from rlhf_env.reward_models.bradley_terry import new_reward_model, usable
 from rlhf_env.reward_models.load import load_reward
 from rlhf_env.text.demonstrations import load_demonstrations
 from rlhf_env.text.prompts import load_prompts, openings
-from rlhf_env.training.agents import agent_class, agent_config
+from rlhf_env.text.sources import read_rows
+from rlhf_env.training.agents import agent_class, check_agent, is_sb3
 from rlhf_env.training.assemble import parse_device, split_prompts
 from rlhf_env.training.config import (
     EvaluateConfig,
@@ -118,10 +120,13 @@ def plan(config: PipelineConfig, out: Path) -> list[Stage]:
     if config.policy is None and config.demonstrations is None:
         raise ConfigError("the pipeline needs a policy, or demonstrations to fine-tune one on")
     learned = config.reward_model is None
-    if learned and config.comparisons is None and config.gold is None:
+    agent, data = (config.train.get(name) for name in ("agent", "data"))
+    compared = data is None and isinstance(agent, str) and _learns_from(agent) == "pairs"
+    if (learned or compared) and config.comparisons is None and config.gold is None:
+        instead = "train.data" if compared and not learned else "reward_model"
         raise ConfigError(
             "the pipeline needs to know what is good: comparisons (a file), gold (the true reward of a simulated "
-            "labeler) or reward_model"
+            f"labeler) or {instead}"
         )
     shared = {name: getattr(config, name) for name in ("seed", "device", "dtype", "num_envs")}
     shared["env"] = to_dict(config.env)
@@ -147,7 +152,7 @@ def plan(config: PipelineConfig, out: Path) -> list[Stage]:
         usual = {"chat_template": config.env.chat_template}
         sft = settings(FineTuneConfig, "sft", wiring, usual)
         stages.append(Stage("sft", sft, lambda out, show: run_sft(sft, out, on_step=show)))
-    if learned and config.comparisons is None:
+    if (learned or compared) and config.comparisons is None:
         prefer = settings(PreferConfig, "prefer", {"policy": reference, "prompts": train_prompts, "gold": config.gold})
         stages.append(Stage("prefer", prefer, lambda out, show: run_prefer(prefer, out, progress=show)))
     if learned:
@@ -155,14 +160,15 @@ def plan(config: PipelineConfig, out: Path) -> list[Stage]:
         learn = settings(RewardConfig, "reward", wiring, {"body": reference})
         stages.append(Stage("reward", learn, lambda out, show: run_reward(learn, out, on_step=show)))
     wiring = {"policy": reference, "reference": None, "prompts": train_prompts, "eval_prompts": eval_prompts}
-    train = settings(TrainConfig, "train", wiring | {"reward": reward, "gold": config.gold})
+    wiring |= {"reward": reward, "gold": config.gold}
+    train = settings(TrainConfig, "train", wiring, {"data": comparisons} if compared else {})
     train = replace(train, **train.budget)
     stages.append(
         Stage(
             "train",
             train,
             lambda out, show: run_training(train, out, resume=(out / "config.yaml").is_file(), on_update=show),
-            resumable=not train.agent.startswith("sb3:"),
+            resumable=not is_sb3(train.agent),
         )
     )
     wiring = {"policy": str(out / "train" / "model"), "reference": reference, "prompts": eval_prompts}
@@ -171,6 +177,11 @@ def plan(config: PipelineConfig, out: Path) -> list[Stage]:
     final = settings(EvaluateConfig, "evaluate", wiring, usual)
     stages.append(Stage("evaluate", final, lambda out, show: run_evaluation(final, out, progress=show)))
     return stages
+
+
+def _learns_from(agent: str) -> str | None:
+    """Which kind of data an agent learns from, if it samples nothing itself."""
+    return None if is_sb3(agent) else getattr(agent_class(agent), "learns_from", None)
 
 
 def _prompts(config: PipelineConfig) -> tuple[list[str], list[str]]:
@@ -218,12 +229,13 @@ def _check_inputs(
         read_text(text)
     train: TrainConfig = next(stage.config for stage in stages if stage.name == "train")
     policy.freeze_layers(train.freeze_layers)
-    if train.agent.startswith("sb3:"):
-        from rlhf_env.training.sb3 import sb3_class
-
-        sb3_class(train.agent, train.settings)
-    else:
-        agent_config(agent_class(train.agent), train.settings)
+    check_agent(train)
+    if train.data is not None and train.data in (config.comparisons, config.train.get("data")):
+        if _learns_from(train.agent) == "pairs":
+            read_comparisons(train.data)
+        else:
+            read_rows(train.data, required={"prompt": str, "response": str})
+    require_dashboards(train.log_to)
 
 
 def _begun(stage: Stage, folder: Path) -> bool:
@@ -288,6 +300,7 @@ _FROM_EVALUATION = {
     "distinct_2_before": "reference_distinct_2",
     "distinct_2": "distinct_2",
 }
+_FROM_TRAINING = ("agent", "beta", "updates", "episodes", "tokens", "queries", "tokens_per_second")
 _FROM_REWARD = {
     "reward_model_accuracy": "accuracy",
     "reward_model_gold_accuracy": "gold_accuracy",
@@ -304,7 +317,7 @@ def _summary(config: PipelineConfig, out: Path, stages: Sequence[Stage]) -> dict
     trained, seconds = done["train"], {name: stage["seconds"] for name, stage in done.items()}
     return {
         **summary,
-        **{name: trained[name] for name in ("agent", "beta", "updates", "episodes", "tokens", "tokens_per_second")},
+        **{name: trained[name] for name in _FROM_TRAINING if name in trained},
         "seed": config.seed,
         "seconds": sum(seconds.values()),
         "seconds_by_stage": seconds,

@@ -27,11 +27,13 @@ def summarize(
     rows: Sequence[Mapping[str, Any]],
     before: Mapping[str, float],
     after: Mapping[str, float],
+    best: Mapping[str, float],
     beside: float,
 ) -> dict[str, Any]:
     """A run in one flat mapping: `score` and `gold` before and after, the rest as it is after, and what it cost.
 
-    `beside` are the seconds that were spent on other things than updates.
+    `best` is what the best of its evaluations measured (empty: there was none), `beside` the seconds that were spent on
+    other things than updates.
 
     The start's other metrics have names that end in `_before`. A mean's 95 % interval is beside it, `_low` to `_high`.
     """
@@ -47,8 +49,10 @@ def summarize(
         "updates": last["update"],
         "episodes": last["episodes"],
         "tokens": last["tokens"],
+        "queries": last["queries"],
         "seconds": seconds + beside,
-        "tokens_per_second": last["tokens"] / seconds,
+        **({"tokens_per_second": last["tokens"] / seconds} if last["tokens"] else {}),
+        **({"best_update": best["update"], "best_score": best["eval_score"]} if best else {}),
         "beta": parts.envs.beta,
         "train_prompts": len(parts.envs.task.prompts),
         "eval_prompts": len(parts.eval_envs.task.prompts),
@@ -96,7 +100,7 @@ def training_card(
     """The run's README.md. Texts of models and people stand in it as indented code, which no text can leave."""
     names = [n for n in ("score", "gold") if f"{n}_after" in summary]
     table = [f"| {n} | {interval(summary, f'{n}_before')} | {interval(summary, f'{n}_after')} |" for n in names]
-    for name in ("kl", "win_rate", "length", "eos_rate", "distinct_1", "distinct_2"):
+    for name in ("kl", "kl_bound", "win_rate", "length", "eos_rate", "distinct_1", "distinct_2"):
         if name in summary:
             table.append(f"| {name} | {interval(summary, f'{name}_before')} | {interval(summary, name)} |")
     prompts = (
@@ -110,12 +114,15 @@ def training_card(
         f"    after   {safe_text(row['after'])}  ({row['score_after']:.3f})\n"
         for row in samples[:5]
     ]
+    what = (
+        f"the prompts of {_code(config.prompts)} for the reward {_code(config.reward)}"
+        if config.data is None
+        else f"the data of {_code(config.data)}"
+    )
     paragraphs = [
         f"# {_code(config.agent)} on {_code(config.policy)}",
-        f"Trained on the prompts of {_code(config.prompts)} for the reward {_code(config.reward)}: "
-        f"{summary['updates']:,} updates, {summary['episodes']:,} episodes, {summary['tokens']:,} sampled tokens, "
-        f"{summary['seconds']:,.1f} seconds ({summary['tokens_per_second']:,.0f} tokens per second) on "
-        f"{summary['device_name']} ({config.device}, {summary['threads']} threads).",
+        f"Trained on {what}: {cost(summary)} on {summary['device_name']} ({config.device}, {summary['threads']} "
+        "threads).",
         f"Measured on {summary['eval_episodes']} responses to {summary['eval_prompts']} {prompts}, with 95 % "
         "intervals. KL is in nats per response, to the reference; the win rate is against the reference, by the score.",
         "\n".join(["| | before | after |", "|---|---|---|", *table]),
@@ -129,6 +136,22 @@ def training_card(
         "\n".join(shown),
     ]
     return "\n\n".join(paragraphs) + "\n"
+
+
+def cost(summary: Mapping[str, Any]) -> str:
+    """What a training run took, in words: updates, what was sampled for them, seconds."""
+    if not summary["tokens"]:
+        return f"{summary['updates']:,} updates in {summary['seconds']:,.1f} s"
+    return (
+        f"{summary['updates']:,} updates, {summary['episodes']:,} episodes, {summary['queries']:,} reward queries, "
+        f"{summary['tokens']:,} sampled tokens in {summary['seconds']:,.1f} s "
+        f"({summary['tokens_per_second']:,.0f} tokens per second)"
+    )
+
+
+def axis(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """What of a row curves are drawn over, and what that is called: an agent that learns from data samples nothing."""
+    return ("tokens", "sampled tokens") if summary["tokens"] else ("update", "updates")
 
 
 def interval(metrics: Mapping[str, Any], name: str) -> str:
@@ -146,19 +169,23 @@ def decimal(value: float) -> str:
 
 
 def plot_training(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], file: Path) -> bool:
-    """Draw score and KL over sampled tokens, with the evaluations before and after; False without matplotlib."""
+    """Draw score and KL over sampled tokens (updates, where none are sampled), with the evaluations before and after.
+
+    False without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
+    spent, called = axis(summary)
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axes, name, unit in zip(figure.subplots(1, 2), ("score", "kl"), ("", ", nats per response"), strict=True):
-        points = [(row["tokens"], row[name]) for row in rows if name in row]
+        points = [(row[spent], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points, strict=True), color="C0", label="training") if points else None
-        ends = [(0, f"{name}_before"), (summary["tokens"], "score_after" if name == "score" else name)]
-        shown = [(tokens, summary[key]) for tokens, key in ends if key in summary]
+        ends = [(0, f"{name}_before"), (rows[-1][spent], "score_after" if name == "score" else name)]
+        shown = [(used, summary[key]) for used, key in ends if key in summary]
         axes.plot(*zip(*shown, strict=True), "o", color="C1", label="evaluation") if shown else None
-        axes.set(xlabel="sampled tokens", ylabel=f"{name}{unit}")
+        axes.set(xlabel=called, ylabel=f"{name}{unit}")
         axes.legend(frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlhf_env.errors import ConfigError
+from rlhf_env.errors import ConfigError, NonFiniteError
 from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.records.atomic import write_folder_atomic
 from rlhf_env.records.checkpoint import (
     flatten_state,
     latest_checkpoint,
@@ -22,17 +22,23 @@ from rlhf_env.records.checkpoint import (
     unflatten_state,
 )
 from rlhf_env.records.config import build, flat, read_layer, to_dict
+from rlhf_env.records.dashboards import open_dashboards, require_dashboards
+from rlhf_env.records.jsonl import read_json, write_json
 from rlhf_env.records.run import Run, require_free
-from rlhf_env.training.agents import agent_class, agent_config
+from rlhf_env.records.safe_text import safe_text
+from rlhf_env.training.agents import agent_class, agent_config, check_agent, is_sb3
 from rlhf_env.training.assemble import Parts, assemble
 from rlhf_env.training.config import TrainConfig
 from rlhf_env.training.evaluate import Evaluation, evaluate
+from rlhf_env.training.interruption import Interrupted
 from rlhf_env.training.loop import Spent, train
+from rlhf_env.training.offline import load_log, load_pairs
 from rlhf_env.training.page import write_report
 from rlhf_env.training.report import paired_samples, plot_training, summarize, training_card
-from rlhf_env.types import Agent, Policy
+from rlhf_env.types import Agent, OfflineAgent, Pairs, Policy, Rollout
 
 Report = Callable[[dict[str, Any]], None]
+FinishRow = Callable[[dict[str, Any], Policy], dict[str, Any]]
 
 
 def run_training(
@@ -41,60 +47,66 @@ def run_training(
     """Train as `config` says, evaluating before and after, and leave everything in the folder `out`.
 
     Returns what summary.json says; `out`/model is the trained policy. `on_update` is shown each row of metrics.jsonl
-    once it and, where one is due, its checkpoint are written. With `resume` the run in `out` continues from its newest
-    complete checkpoint and becomes, bit for bit, the run that was never interrupted.
+    once it and, where one is due, its checkpoint are written; where it raises `Interrupted`, a checkpoint is written
+    first. With `resume` the run in `out` continues from its newest complete checkpoint and becomes, bit for bit, the
+    run that was never interrupted.
     """
     config, out, began = dataclasses.replace(config, **config.budget), Path(out), time.perf_counter()
-    sb3 = config.agent.startswith("sb3:")
+    sb3 = is_sb3(config.agent)
     if sb3 and resume:
         raise ConfigError(f"{config.agent} keeps its state to itself, so its runs cannot be resumed: start a new one")
-    if sb3:
-        from rlhf_env.training.sb3 import make_sb3, sb3_class, train_sb3  # a second of imports that ours do not need
-
-        sb3_class(config.agent, config.settings)  # a mistake in the settings shows before any model is loaded
-    else:
-        agent_config(agent_class(config.agent), config.settings)
+    check_agent(config)  # a mistake in the settings shows before any model is loaded
+    require_dashboards(config.log_to)
     if resume:
         _require_same(config, out)
     else:
         require_free(out)
-    parts = assemble(config)
+    cls: Any = None if sb3 else agent_class(config.agent)
+    parts = assemble(config, kl_mode=getattr(cls, "kl_mode", "reward"))
+    data = None if config.data is None else _load_data(cls, config.data, parts)
 
-    def measure(policy: Policy) -> Evaluation:
-        return evaluate(policy, parts.eval_envs, episodes=config.eval_episodes, gold=parts.gold)
+    def measure(policy: Policy, best_of: int = 1) -> Evaluation:
+        return evaluate(policy, parts.eval_envs, episodes=config.eval_episodes, gold=parts.gold, best_of=best_of)
 
     def finish_row(row: dict[str, Any], policy: Policy) -> dict[str, Any]:
         """What every agent's row gets: speed, and an evaluation where one is due."""
         nonlocal tokens, updating
         updating += row["seconds"]
         written, tokens = row["tokens"] - tokens, row["tokens"]
-        row["tokens_per_second"] = written / row["seconds"]
+        if written:
+            row["tokens_per_second"] = written / row["seconds"]
         if config.eval_every and row["update"] % config.eval_every == 0:
-            measured = measure(policy).metrics
+            measured = measure(policy, best_of).metrics
             row |= {f"eval_{name}": value for name, value in measured.items() if not name.startswith("reference_")}
+            _keep_best(run, row, parts.eval_envs.beta, _model(policy, parts))
         run.log(row)
+        tell(row)
         return row
 
-    tokens, updating = 0, 0.0
+    tokens, updating, best_of, spent = 0, 0.0, 1, Spent()
     before = measure(parts.policy)
     if sb3:
+        from rlhf_env.training.sb3 import make_sb3, train_sb3  # a second of imports that ours do not need
+
         model = make_sb3(config, parts.envs)
         run = Run.create(out, to_dict(config))
-        policy = train_sb3(model, config, run, finish_row, on_update)
+        with open_dashboards(config.log_to, out, to_dict(config)) as tell:
+            policy: Policy = train_sb3(model, config, run, finish_row, on_update)
     else:
         torch.manual_seed(config.seed)  # ours need no global randomness, but your agent may use some
-        cls = agent_class(config.agent)
         agent = cls(parts.policy, agent_config(cls, config.settings), seed=config.seed)
         run = Run.open(out) if resume else Run.create(out, to_dict(config))  # from here on there is something to keep
-        spent = _restore(config, run, agent, parts) if resume else Spent()
-        tokens = spent.tokens
-        _train(config, agent, parts, spent, run, finish_row, on_update)
-        policy = parts.policy
-    after = measure(policy)
+        spent = _restore(config, run, agent, parts) if resume else spent
+        tokens, best_of = spent.tokens, getattr(agent, "best_of", 1)
+        with open_dashboards(config.log_to, out, to_dict(config), start=spent.updates) as tell:
+            _train(config, agent, data, parts, spent, run, finish_row, on_update)
+        policy = agent.policy
+    after = measure(policy, best_of)
 
-    _save_model(policy, out / "model")
+    write_folder_atomic(out / "model", _model(policy, parts).save_pretrained)
     beside = time.perf_counter() - began - updating  # loading and evaluating; of an interrupted run, since it resumed
-    summary = summarize(config, parts, run.metrics, before.metrics, after.metrics, beside)
+    best = read_json(run.best / "metrics.json") if run.best.is_dir() else {}
+    summary = summarize(config, parts, run.metrics, before.metrics, after.metrics, best, beside)
     samples = paired_samples(before.samples, after.samples)
     run.write_samples(samples)
     run.write_tokens(after.tokens)
@@ -105,29 +117,101 @@ def run_training(
     return run.summary
 
 
+def _load_data(cls: Any, source: str, parts: Parts) -> Pairs | Rollout:
+    return load_pairs(source, parts.envs) if cls.learns_from == "pairs" else load_log(source, parts.envs)
+
+
+def _model(policy: Policy, parts: Parts) -> CausalLM:
+    """What is to be saved of an agent's policy: itself, or the model that it is made from."""
+    return policy if isinstance(policy, CausalLM) else parts.policy
+
+
+def _keep_best(run: Run, row: dict[str, Any], beta: float, model: CausalLM) -> None:
+    """Keep `model` if no evaluation before it came to a higher score − β·KL; gold has no say in it."""
+    objective = row["eval_score"] - beta * row.get("eval_kl", row.get("eval_kl_bound", 0.0))
+    if run.best.is_dir() and read_json(run.best / "metrics.json")["objective"] >= objective:
+        return
+    measured = {name: value for name, value in row.items() if name == "update" or name.startswith("eval_")}
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder / "model")
+        write_json(folder / "metrics.json", {"objective": objective, **measured})
+
+    write_folder_atomic(run.best, write)
+
+
 def _train(
     config: TrainConfig,
-    agent: Agent,
+    agent: Any,
+    data: Pairs | Rollout | None,
     parts: Parts,
     spent: Spent,
     run: Run,
-    finish_row: Callable[[dict[str, Any], Policy], dict[str, Any]],
+    finish_row: FinishRow,
     on_update: Report | None,
 ) -> None:
     saved = spent.updates
-    for metrics in train(agent, parts.envs, **config.budget, seed=config.seed, spent=spent):
+    if data is None:
+        rows = train(agent, parts.envs, **config.budget, seed=config.seed, spent=spent)
+    else:
+        rows = _fit(agent, data, config.updates, spent.updates)
+
+    def prompt(row: int) -> str | None:
+        return _prompt(agent, data, parts, config.seed, spent, row)
+
+    for metrics in _naming_prompts(rows, prompt):
         row = finish_row(dict(metrics), agent.policy)
-        spent = Spent(row["update"], row["episodes"], row["tokens"])
+        spent = Spent(row["update"], row["episodes"], row["tokens"], row["queries"])
         if config.checkpoint_every and spent.updates % config.checkpoint_every == 0:
             _save(run, agent, parts, spent)
             saved = spent.updates
-        if on_update is not None:
-            on_update(row)
+        try:
+            if on_update is not None:
+                on_update(row)
+        except Interrupted:
+            if saved != spent.updates:
+                _save(run, agent, parts, spent)
+            raise
     if saved != spent.updates:
         _save(run, agent, parts, spent)
 
 
-def _save(run: Run, agent: Agent, parts: Parts, spent: Spent) -> None:
+def _fit(agent: OfflineAgent, data: Pairs | Rollout, updates: int | None, start: int) -> Iterator[dict[str, float]]:
+    """The rows of an agent that learns from data: as `train` yields them, with nothing sampled."""
+    began = time.perf_counter()
+    for update, metrics in enumerate(agent.fit(data, updates=updates, start=start), start=start + 1):
+        seconds = time.perf_counter() - began
+        yield {"update": update, "episodes": 0, "tokens": 0, "queries": 0, **metrics, "seconds": seconds}
+        began = time.perf_counter()
+
+
+def _naming_prompts(
+    rows: Iterator[dict[str, float]], prompt: Callable[[int], str | None]
+) -> Iterator[dict[str, float]]:
+    """The same rows; an error about one episode of a batch says what its prompt was."""
+    try:
+        yield from rows
+    except NonFiniteError as error:
+        named = re.search(r"(?:episodes?|prompt) (\d+)", str(error))
+        text = None if named is None else prompt(int(named[1]))
+        if named is None or text is None:
+            raise
+        raise NonFiniteError(f'{error}; episode {named[1]} was asked "{safe_text(text[:80])}"') from error
+
+
+def _prompt(agent: Any, data: Pairs | Rollout | None, parts: Parts, seed: int, spent: Spent, row: int) -> str | None:
+    """The prompt of this row of the data, or of the batch that comes after what was `spent`, where it is known."""
+    task = parts.envs.task
+    if data is None:
+        if hasattr(agent, "rollouts"):  # whose rows may answer each prompt as often as it likes
+            return None
+        size = getattr(agent, "group_size", None) or task.group_size
+        return task.prompts_at(seed, spent.episodes + row, 1, size)[0][0]
+    rollout = data.first if isinstance(data, Pairs) else data
+    return task.codec.decode(rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist())
+
+
+def _save(run: Run, agent: Agent | OfflineAgent, parts: Parts, spent: Spent) -> None:
     tensors, tree = flatten_state(agent.state_dict())
     save_checkpoint(
         run.checkpoints,
@@ -138,7 +222,7 @@ def _save(run: Run, agent: Agent, parts: Parts, spent: Spent) -> None:
     )
 
 
-def _restore(config: TrainConfig, run: Run, agent: Agent, parts: Parts) -> Spent:
+def _restore(config: TrainConfig, run: Run, agent: Agent | OfflineAgent, parts: Parts) -> Spent:
     """Put policy, agent, β and random state back as the newest checkpoint has them; rows logged since are dropped."""
     path, spent = latest_checkpoint(run.checkpoints), Spent()
     if path is not None:
@@ -166,11 +250,3 @@ def _require_same(config: TrainConfig, out: Path) -> None:
             f"{out} was begun with another {', '.join(changed)}: a run is resumed exactly as it was begun; to go on "
             f"differently, start a new run with --policy on a checkpoint's model folder"
         )
-
-
-def _save_model(policy: CausalLM, folder: Path) -> None:
-    partial = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    policy.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)

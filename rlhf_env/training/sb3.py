@@ -23,6 +23,7 @@ from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.records.checkpoint import save_checkpoint
 from rlhf_env.records.run import Run
 from rlhf_env.training.config import TrainConfig
+from rlhf_env.training.interruption import Interrupted
 
 FinishRow = Callable[[dict[str, Any], CausalLM], dict[str, Any]]
 
@@ -40,12 +41,18 @@ _SAME = {
 
 
 def sb3_class(agent: str, settings: Mapping[str, Any]) -> type[OnPolicyAlgorithm]:
-    """The algorithm that "sb3:NAME" means, once it is clear that it can train a language model with `settings`."""
-    name, available = agent.removeprefix("sb3:"), _available()
+    """The algorithm that "sb3:NAME" means, once it is clear that it can train a language model with `settings`.
+
+    "sb3-contrib:NAME" is one of sb3-contrib, where "sb3:NAME" looks too.
+    """
+    prefix, _, name = agent.partition(":")
+    available = _available(prefix)
     if name not in available:
         close = get_close_matches(name, available, n=1)
-        hint = f"did you mean sb3:{close[0]}?" if close else f"there are {', '.join(f'sb3:{n}' for n in available)}"
-        raise ConfigError(f"Stable-Baselines3 has no actor-critic algorithm for text called {name!r}; {hint}")
+        known = ", ".join(f"{prefix}:{n}" for n in available) or "none: it is not installed (pip install sb3-contrib)"
+        hint = f"did you mean {prefix}:{close[0]}?" if close else f"there are {known}"
+        library = "sb3-contrib" if prefix == "sb3-contrib" else "Stable-Baselines3"
+        raise ConfigError(f"{library} has no actor-critic algorithm for text called {name!r}; {hint}")
     algorithm = available[name]
     known = [p for p in inspect.signature(algorithm).parameters if p not in _OURS]
     for key in settings:
@@ -102,7 +109,8 @@ def train_sb3(
 ) -> CausalLM:
     """Spend the budget, one row of metrics per rollout, and return the trained policy."""
     ((unit, budget),) = config.budget.items()
-    steps = {"tokens": 1, "updates": model.n_steps * config.num_envs, "episodes": config.env.max_new_tokens}[unit]
+    longest = config.env.max_new_tokens
+    steps = {"tokens": 1, "updates": model.n_steps * config.num_envs, "episodes": longest, "queries": longest}[unit]
     model.learn(budget * steps, callback=_Rows(config, run, finish_row, on_update), log_interval=None)  # type: ignore[arg-type]
     return model.policy.lm  # type: ignore[return-value]
 
@@ -125,8 +133,9 @@ class _Rows(FinishedEpisodes):
 
     def _on_rollout_start(self) -> None:
         self._close_row()
-        # SB3 knows no budget of episodes. Stopping between rollouts leaves none of them untrained on.
-        self.over = self.config.episodes is not None and self.episodes >= self.config.episodes
+        # SB3 knows no budget of episodes, each of which is a query. Stopping between rollouts leaves none untrained on.
+        budget = self.config.episodes or self.config.queries
+        self.over = budget is not None and self.episodes >= budget
         self.began = time.perf_counter()
 
     def _on_step(self) -> bool:
@@ -157,6 +166,7 @@ class _Rows(FinishedEpisodes):
             "update": self.updates,
             "episodes": self.episodes,
             "tokens": self.num_timesteps,
+            "queries": self.episodes,
             **self.means,
             **{name: float(value) for name, value in logged.items()},
             "seconds": time.perf_counter() - self.began,
@@ -164,18 +174,26 @@ class _Rows(FinishedEpisodes):
         }
         policy: CausalLM = self.model.policy.lm  # type: ignore[assignment]
         row = self.finish_row(row, policy)
-        if (every := self.config.checkpoint_every) and self.updates % every == 0:
-            state = {name: row[name] for name in ("update", "episodes", "tokens")}
-            save_checkpoint(
-                self.run.checkpoints, self.updates, tensors={}, state=state, write_model=policy.save_pretrained
-            )
-        if self.on_update is not None:
-            self.on_update(row)
+        due = bool(every := self.config.checkpoint_every) and self.updates % every == 0
+        if due:
+            self._save(row, policy)
+        try:
+            if self.on_update is not None:
+                self.on_update(row)
+        except Interrupted:
+            if not due:
+                self._save(row, policy)
+            raise
+
+    def _save(self, row: Mapping[str, Any], policy: CausalLM) -> None:
+        state = {name: row[name] for name in ("update", "episodes", "tokens", "queries")}
+        save_checkpoint(self.run.checkpoints, self.updates, tensors={}, state=state, write_model=policy.save_pretrained)
 
 
-def _available() -> dict[str, type[OnPolicyAlgorithm]]:
+def _available(prefix: str) -> dict[str, type[OnPolicyAlgorithm]]:
     """The algorithms whose policy is a plain `ActorCriticPolicy`, which `LMActorCriticPolicy` can stand in for."""
-    modules = ["stable_baselines3", *(["sb3_contrib"] if find_spec("sb3_contrib") else [])]
+    modules = ["stable_baselines3"] if prefix == "sb3" else []
+    modules += ["sb3_contrib"] if find_spec("sb3_contrib") else []
     classes = [value for name in modules for value in vars(import_module(name)).values() if inspect.isclass(value)]
     return {
         c.__name__: c

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from rlhf_env.errors import ConfigError
 from rlhf_env.records.config import to_dict
 from rlhf_env.records.run import Run
 from rlhf_env.worlds import reviews
+from tests.processes import signalled, slow_command, start
 from tests.tiny_pipeline import left_in, tiny_pipeline
 
 
@@ -199,6 +201,19 @@ def test_ctrl_c_is_exit_code_130_and_says_how_to_go_on(command, file, monkeypatc
     code, _, err = command("pipeline", file, "--out", tmp_path / "out")
     assert code == 130 and err.splitlines()[-1] == "interrupted; the same command continues it"
     monkeypatch.undo()
+
+
+def test_sigterm_while_it_trains_keeps_the_update_and_the_same_command_goes_on(command, file, done, tmp_path):
+    out, marker, err = tmp_path / "out", tmp_path / "begun", tmp_path / "err"
+    words = ["pipeline", str(file), "--out", str(out)]
+    process = start(slow_command, ("rlhf_env.agents.ppo", "PPO.update", 3), 0.3, marker, *words, err=err)
+    code, took, told = signalled(process, marker, err, signal.SIGTERM)
+    assert code == 143 and took < 5 and told.splitlines()[-1] == "interrupted; the same command continues it"
+    assert len(Run(out / "train").metrics) == 3 and (out / "train/checkpoints/step-00000003").is_dir()
+    code, _, told = command(*words)
+    assert code == 0, told
+    ours, theirs = left_in(out), left_in(done[0])
+    assert [name for name in theirs if "/checkpoints/" not in name and ours[name] != theirs[name]] == []
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import pytest
 
 from rlhf_env.agents.ppo import PPO, PPOConfig
 from rlhf_env.errors import ConfigError
-from rlhf_env.training.agents import AGENTS, agent_class, agent_config, agent_settings, describe_agents
+from rlhf_env.training.agents import AGENTS, agent_class, agent_config, agent_settings, check_agent, describe_agents
+from rlhf_env.training.config import TrainConfig
 
 _MINE = """
 from dataclasses import dataclass
@@ -31,6 +32,18 @@ class Bare(Mine):
 class Half:
     def update(self, rollout, progress=0.0):
         return {}
+
+class Reader:
+    learns_from = "pairs"
+    __init__, state_dict, load_state_dict = Mine.__init__, Mine.state_dict, Mine.load_state_dict
+    def fit(self, data, *, updates=None, start=0):
+        yield {}
+
+class Unsaid:
+    fit = state_dict = load_state_dict = None
+
+class Gossip(Reader):
+    learns_from = "hearsay"
 """
 
 
@@ -68,13 +81,41 @@ def test_your_own_class_is_an_agent(mine):
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"agent": "my_agents:Mine", "data": "x"}, "my_agents:Mine learns from what it samples itself: leave data out"),
+        ({"agent": "my_agents:Reader"}, "my_agents:Reader samples nothing: it needs data, a file of comparisons, for"),
+        ({"agent": "my_agents:Reader", "tokens": 9}, "it needs data"),
+        (
+            {"agent": "my_agents:Reader", "data": "x", "queries": 9},
+            "samples nothing, so queries cannot be its budget: give updates",
+        ),
+        ({"agent": "my_agents:Reader", "data": "x", "settings": {"rte": 1}}, "did you mean settings.rate"),
+        ({"agent": "sb3:PPO", "data": "x"}, "sb3:PPO learns from what it samples itself"),
+        ({"agent": "sb3:PPo"}, "did you mean sb3:PPO"),
+    ],
+)
+def test_what_an_agent_is_told_must_make_sense_to_it(mine, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        check_agent(TrainConfig(policy="p", prompts="p", reward="r", **settings))
+
+
+def test_an_agent_that_learns_from_data_may_have_updates_or_no_budget(mine):
+    paths = {"policy": "p", "prompts": "p", "reward": "r", "agent": "my_agents:Reader", "data": "x"}
+    check_agent(TrainConfig(**paths))
+    check_agent(TrainConfig(**paths, updates=3))
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("pppo", "unknown agent 'pppo'; did you mean 'ppo'"),
         ("zzz", "known are ppo, .*sb3:PPO"),
         ("no_such_module:X", "cannot import 'no_such_module'"),
         ("my_agents:Mime", "has no class of that name; did you mean 'Mine'"),
-        ("my_agents:Half", "is no agent: it lacks state_dict, load_state_dict"),
+        ("my_agents:Half", r"is no agent: it lacks state_dict, load_state_dict \(see rlhf_env\.types\.Agent\)"),
+        ("my_agents:Unsaid", r"is no agent: it lacks learns_from \(see rlhf_env\.types\.OfflineAgent\)"),
+        ("my_agents:Gossip", "learns from 'hearsay'; learns_from must be one of pairs, log"),
     ],
 )
 def test_an_agent_that_is_none_is_refused(mine, name, message):

@@ -56,6 +56,12 @@ def test_the_settings_reach_the_environment(config):
     assert any("h.0." in name for name in frozen) and not any("h.1." in name for name in frozen)
 
 
+def test_only_the_rewards_of_training_may_lack_the_kl(config):
+    assert [e.task.kl_mode for p in [assemble(config)] for e in (p.envs, p.eval_envs)] == ["reward", "reward"]
+    parts = assemble(config, kl_mode="reference")
+    assert (parts.envs.task.kl_mode, parts.eval_envs.task.kl_mode) == ("reference", "reward")
+
+
 def test_evaluation_prompts_may_come_from_a_file_of_their_own(config, tmp_path):
     (tmp_path / "eval.jsonl").write_text('{"prompt": "the film is"}\n{"prompt": "a film"}\n')
     parts = assemble(replace(config, eval_prompts=str(tmp_path / "eval.jsonl")))
@@ -96,7 +102,12 @@ def test_the_cpu_is_always_there():
 def test_a_run_has_one_budget():
     paths = {"policy": "p", "prompts": "p", "reward": "r"}
     assert TrainConfig(**paths).budget == {"tokens": 200_000}
-    assert TrainConfig(**paths, updates=3).budget == {"updates": 3}
+    for unit in ("tokens", "episodes", "updates", "queries"):
+        assert TrainConfig(**paths, **{unit: 3}).budget == {unit: 3}
+        with pytest.raises(ConfigError, match=f"{unit} must be at least 1, it is 0"):
+            TrainConfig(**paths, **{unit: 0})
+    assert TrainConfig(**paths, data="pairs.jsonl").budget == {}  # as long as the agent's own settings say
+    assert TrainConfig(**paths, data="pairs.jsonl", updates=3).budget == {"updates": 3}
     with pytest.raises(ConfigError, match="tokens and updates are given"):
         TrainConfig(**paths, tokens=10, updates=3)
     with pytest.raises(ConfigError, match="episodes must be at least 1, it is 0"):

@@ -241,6 +241,32 @@ def test_best_of_n_path_by_brute_force():
     assert not any("gold" in name for row in best_of_n_path(scores) for name in row)
 
 
+def test_the_best_of_n_draws_is_the_policys_response():
+    """Each prompt is drawn n times in a row; the first of the highest score stays, and the rest as for one draw."""
+    policy, prompts, n = random_model(seed=1), list(PROMPTS), 5
+    coarse = lambda prompts, responses: [min(r.count("a"), 1) for r in responses]  # noqa: E731 (many equals)
+    envs = make_envs(4, reward_model=coarse)
+    gold = lambda prompts, responses: [float(len(r)) for r in responses]  # noqa: E731
+    drawn = collect(policy, envs, [prompt for prompt in prompts for _ in range(n)], seed=2)
+    best = [max(range(i * n, i * n + n), key=lambda row: (drawn.score[row].item(), -row)) for i in range(len(prompts))]
+    found = evaluate(policy, envs, prompts, seed=2, gold=gold, best_of=n)
+    letters = [
+        "".join(ALPHABET[t] for t in drawn.response_ids[row][drawn.response_mask[row]].tolist() if t < 8)
+        for row in best
+    ]
+    assert [row["response"] for row in found.samples] == letters
+    assert [row["prompt"] for row in found.samples] == prompts
+    assert found.metrics["score"] == pytest.approx(drawn.score[best].mean().item())
+    assert found.metrics["gold"] == pytest.approx(np.mean([len(text) for text in letters]))
+    assert found.metrics["length"] == pytest.approx(drawn.lengths[best].float().mean().item())
+    assert found.metrics["kl_bound"] == pytest.approx(math.log(5) - 4 / 5)
+    assert not any(name in ("kl", "kl_k2", "kl_k3", "kl_full") for name in [*found.metrics, *found.samples[0]])
+    reference = {name: value for name, value in found.metrics.items() if name.startswith("reference_")}
+    assert reference == {
+        k: v for k, v in evaluate(policy, envs, prompts, seed=2, gold=gold).metrics.items() if k in reference
+    }
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> EvaluateConfig:
     folder = write_letter_files(tmp_path_factory.mktemp("letters"))

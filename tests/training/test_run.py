@@ -16,6 +16,7 @@ from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.records.checkpoint import latest_checkpoint, load_checkpoint
 from rlhf_env.records.config import build, override_layer, read_layer
 from rlhf_env.records.run import Run
+from rlhf_env.training import run
 from rlhf_env.training.config import EnvConfig, TrainConfig
 from rlhf_env.training.run import run_training
 from tests.tiny_files import without_times, write_tiny_files
@@ -92,6 +93,12 @@ def test_a_run_sums_itself_up(straight):
     assert summary["beta"] != 0.1  # the last value of an adapting β
     assert (summary["train_prompts"], summary["eval_prompts"], summary["held_out"]) == (72, 7, True)
     assert summary["threads"] == 1 and summary["versions"]["torch"] == torch.__version__
+
+
+def test_a_budget_of_reward_queries_ends_with_the_update_that_reaches_it(config, tmp_path):
+    summary = run_training(replace(config, updates=None, queries=33), tmp_path / "run")
+    assert [row["queries"] for row in Run.open(tmp_path / "run").metrics] == [16, 32, 48]
+    assert (summary["updates"], summary["queries"]) == (3, 48)
 
 
 def test_held_out_prompts_are_never_trained_on(config, straight, tmp_path):
@@ -238,3 +245,138 @@ def test_hostile_text_cannot_leave_its_place_in_the_card(config, tmp_path):
     run_training(replace(config, prompts=str(prompts), updates=1), tmp_path / "hostile")
     (line, *_) = [line for line in (tmp_path / "hostile/README.md").read_text().splitlines() if "the film" in line]
     assert line == "    prompt  the film⏎# is <b>‹U+001B›[2J"
+
+
+# --- the best of its evaluations
+
+
+def test_the_best_evaluation_by_score_less_kl_keeps_its_model(config, tmp_path, monkeypatch):
+    measured = {  # by the number of the evaluation: before training, after updates 2, 4, 6 and 8, at the end
+        1: {"score": 9.0, "kl": 0.0, "gold": 9.0},
+        2: {"score": 1.0, "kl": 0.0, "gold": 1.0},  # 1.0
+        3: {"score": 3.0, "kl": 1.0, "gold": 0.0},  # 2.9, for β is 0.1
+        4: {"score": 3.2, "kl": 5.0, "gold": 8.0},  # 2.7, though score and gold are the highest
+        5: {"score": 3.1, "kl": 2.0, "gold": 1.0},  # 2.9 again
+        6: {"score": 9.0, "kl": 0.0, "gold": 9.0},
+    }
+    calls, weights = [], {}
+
+    def evaluate(*args, **kwargs):
+        found = real(*args, **kwargs)
+        calls.append(1)
+        return replace(found, metrics=found.metrics | measured[len(calls)])
+
+    def note(row):
+        newest = latest_checkpoint(tmp_path / "run/checkpoints")
+        weights[row["update"]] = (newest / "model/model.safetensors").read_bytes()
+
+    real = run.evaluate
+    monkeypatch.setattr(run, "evaluate", evaluate)
+    config = replace(config, gold="vader", updates=8, eval_every=2, checkpoint_every=1)
+    summary = run_training(replace(config, env=EnvConfig(beta=0.1, max_new_tokens=8)), tmp_path / "run", on_update=note)
+    best = Run.open(tmp_path / "run").best
+    assert (summary["best_update"], summary["best_score"]) == (4, 3.0)
+    kept = json.loads((best / "metrics.json").read_text())
+    assert kept["objective"] == pytest.approx(2.9) and (kept["update"], kept["eval_kl"], kept["eval_gold"]) == (4, 1, 0)
+    assert (best / "model/model.safetensors").read_bytes() == weights[4] != weights[8]
+    CausalLM.from_pretrained(best / "model")
+
+
+def test_without_evaluations_on_the_way_there_is_no_best(config, tmp_path):
+    summary = run_training(replace(config, updates=1), tmp_path / "run")
+    assert not Run.open(tmp_path / "run").best.exists() and "best_update" not in summary
+
+
+# --- agents whose policy is another than the one they train
+
+_OTHERS = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+class Chooser:
+    # Trains nothing, and chooses among three.
+    best_of = 3
+    def __init__(self, policy, config: Config, *, seed=0):
+        self.policy, self.batch_size = policy, 4
+    def update(self, rollout, progress=0.0):
+        return {}
+    def state_dict(self):
+        return {}
+    def load_state_dict(self, state):
+        pass
+
+class Louder(Chooser):
+    # Its policy is another than the one it was given.
+    best_of = 1
+    def __init__(self, policy, config: Config, *, seed=0):
+        self.given, self.batch_size = policy, 4
+        self.policy = self.made_of(policy)
+    def made_of(self, policy):
+        louder = policy.frozen_copy()
+        louder.model.transformer.ln_f.weight.data *= -30.0
+        return louder
+
+class Wrapped:
+    def __init__(self, policy):
+        self.policy = policy
+    def decoder(self, num_rows, law):
+        return self.policy.decoder(num_rows, law)
+    def evaluate(self, rollout):
+        return self.policy.evaluate(rollout)
+    def parameters(self):
+        return self.policy.parameters()
+
+class LouderStill(Louder):
+    # No language model that could be saved.
+    def made_of(self, policy):
+        return Wrapped(super().made_of(policy))
+"""
+
+
+@pytest.fixture
+def others(tmp_path, monkeypatch, config):
+    (tmp_path / "others.py").write_text(_OTHERS)
+    monkeypatch.chdir(tmp_path)
+    yield lambda name, **more: replace(config, agent=f"others:{name}", settings={}, updates=2, **more)
+    sys.modules.pop("others", None)
+
+
+def test_a_policy_that_chooses_is_measured_as_it_chooses(others, tmp_path):
+    summary = run_training(others("Chooser", eval_every=1), tmp_path / "run")
+    row = Run.open(tmp_path / "run").metrics[-1]
+    assert summary["kl_bound"] == row["eval_kl_bound"] == pytest.approx(math.log(3) - 2 / 3)
+    assert "kl" not in summary and "eval_kl" not in row and summary["kl_before"] == pytest.approx(0, abs=1e-4)
+    assert summary["score_after"] == row["eval_score"] > summary["score_before"]  # the weights are the same
+    card = (tmp_path / "run/README.md").read_text()
+    assert "| kl_bound | – | 0.432 |" in card
+    best = json.loads((tmp_path / "run/best/metrics.json").read_text())
+    assert best["objective"] == pytest.approx(best["eval_score"] - 0.1 * (math.log(3) - 2 / 3))
+
+
+@pytest.mark.parametrize(("name", "saved"), [("Louder", "policy"), ("LouderStill", "given")])
+def test_what_is_measured_is_the_agents_policy_and_what_is_trained_is_kept(others, config, name, saved, tmp_path):
+    summary = run_training(others(name, checkpoint_every=1), tmp_path / "run")
+    assert summary["kl_before"] == pytest.approx(0, abs=1e-4) and summary["kl"] > 1  # far from the one that was given
+    given, model, newest = (
+        load_file(f"{folder}/model.safetensors")
+        for folder in (config.policy, tmp_path / "run/model", tmp_path / "run/checkpoints/step-00000002/model")
+    )
+    assert all(torch.equal(newest[key], given[key]) for key in given)
+    assert all(torch.equal(model[key], given[key]) for key in given) == (saved == "given")
+
+
+def test_metrics_are_shown_where_they_are_wanted(config, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(config, log_to=("tensorboard",), updates=3)
+    with pytest.raises(ZeroDivisionError):
+        run_training(config, tmp_path / "run", on_update=lambda row: 1 / (row["update"] - 3))
+    run_training(config, tmp_path / "run", resume=True)
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    for name in ("score", "kl", "policy_loss"):
+        shown = {event.step: event.value for event in events.Scalars(name)}
+        assert shown == {row["update"]: pytest.approx(row[name]) for row in Run.open(tmp_path / "run").metrics}

@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 
 from rlhf_env.errors import ConfigError
 from rlhf_env.models.causal_lm import CausalLM
-from rlhf_env.records.checkpoint import latest_checkpoint
+from rlhf_env.records.checkpoint import latest_checkpoint, load_checkpoint
 from rlhf_env.records.run import Run
 from rlhf_env.training.config import EnvConfig, TrainConfig
+from rlhf_env.training.interruption import Interrupted
 from rlhf_env.training.run import run_training
 from rlhf_env.training.sb3 import sb3_class
 from tests.tiny_files import without_times, write_tiny_files
@@ -69,10 +70,35 @@ def test_a2c_repeats_itself(config, tmp_path):
     assert [row["tokens"] for row in rows] == [24, 48]
 
 
-def test_a_budget_of_episodes_ends_with_the_rollout_that_reaches_it(config, tmp_path):
-    run_training(replace(config, updates=None, episodes=9), tmp_path / "run")
-    episodes = [row["episodes"] for row in Run.open(tmp_path / "run").metrics]
-    assert episodes[-1] >= 9 and all(n < 9 for n in episodes[:-1])
+@pytest.mark.parametrize("unit", ["episodes", "queries"])
+def test_a_budget_of_episodes_ends_with_the_rollout_that_reaches_it(config, unit, tmp_path):
+    run_training(replace(config, updates=None, **{unit: 9}), tmp_path / "run")
+    rows = Run.open(tmp_path / "run").metrics
+    assert rows[-1][unit] >= 9 and all(row[unit] < 9 for row in rows[:-1])
+    assert all(row["queries"] == row["episodes"] for row in rows)  # each finished episode is scored once
+
+
+def test_sb3_contrib_may_be_named_itself():
+    from sb3_contrib import TRPO
+
+    assert sb3_class("sb3-contrib:TRPO", {}) is sb3_class("sb3:TRPO", {}) is TRPO
+
+
+def test_an_algorithm_of_sb3_contrib_trains(config, tmp_path):
+    settings = {"n_steps": 6, "batch_size": 24}
+    run_training(replace(config, agent="sb3-contrib:TRPO", settings=settings, updates=1), tmp_path / "run")
+    assert Run.open(tmp_path / "run").summary["agent"] == "sb3-contrib:TRPO"
+
+
+def test_an_interrupted_run_keeps_the_policy_of_its_last_update(config, tmp_path):
+    def interrupt(row):
+        raise Interrupted(15)
+
+    with pytest.raises(Interrupted):
+        run_training(config, tmp_path / "run", on_update=interrupt)
+    checkpoint = load_checkpoint(latest_checkpoint(tmp_path / "run/checkpoints"))
+    assert checkpoint.step == 1 and checkpoint.state["tokens"] == 48
+    CausalLM.from_pretrained(checkpoint.path / "model")
 
 
 @pytest.mark.parametrize(
@@ -80,6 +106,8 @@ def test_a_budget_of_episodes_ends_with_the_rollout_that_reaches_it(config, tmp_
     [
         ("sb3:PPo", {}, "did you mean sb3:PPO"),
         ("sb3:DQN", {}, "no actor-critic algorithm for text called 'DQN'; there are .*sb3:PPO"),
+        ("sb3-contrib:TRP", {}, "^sb3-contrib has no actor-critic .* called 'TRP'; did you mean sb3-contrib:TRPO"),
+        ("sb3-contrib:A2C", {}, "^sb3-contrib has no .* called 'A2C'; there are sb3-contrib:TRPO"),
         ("sb3:PPO", {"nsteps": 1}, r"no setting settings\.nsteps to be given here; did you mean settings\.n_steps"),
         ("sb3:PPO", {"seed": 1}, r"no setting settings\.seed to be given here"),
     ],
@@ -93,6 +121,11 @@ def test_settings_that_the_algorithm_refuses_are_reported(config, tmp_path):
     with pytest.raises(ConfigError, match="sb3:PPO refuses these settings"):
         run_training(replace(config, settings={"clip_range": "wide"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_data_of_others_is_nothing_to_them(config, tmp_path):
+    with pytest.raises(ConfigError, match="sb3:PPO learns from what it samples itself: leave data out"):
+        run_training(replace(config, data="pairs.jsonl"), tmp_path / "run")
 
 
 def test_such_runs_cannot_be_resumed(config, tmp_path):

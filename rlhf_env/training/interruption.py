@@ -1,0 +1,62 @@
+"""Signals that wait until a run can keep what it has learned."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SAID = b"\nfinishing what is running, to keep it; a second signal ends at once\n"
+_AGAIN = 0.5  # seconds between attempts, should somebody's `except:` swallow the first
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked for the end of what was going on."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """128 and the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + (error.signum if isinstance(error, Interrupted) else signal.SIGINT)
+
+
+@contextmanager
+def postponed_signals(grace: float = 4.0) -> Iterator[Callable[[], None]]:
+    """Inside, SIGINT and SIGTERM wait for the next call of the function given, which raises `Interrupted` after one.
+
+    Where none comes within `grace` seconds, or before the end, it is raised all the same, and a second signal raises it
+    at once. Only the main thread can handle signals: in any other nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    came: int | None = None
+
+    def raise_if_asked(*_: object) -> None:
+        if came is not None:
+            raise Interrupted(came)
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        nonlocal came
+        raise_if_asked()
+        came = signum
+        os.write(2, _SAID)  # print is not reentrant
+        if hasattr(signal, "setitimer"):  # not on Windows
+            signal.signal(signal.SIGALRM, raise_if_asked)
+            signal.setitimer(signal.ITIMER_REAL, grace, _AGAIN)
+
+    before = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield raise_if_asked
+        raise_if_asked()
+    finally:
+        if came is not None and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
