@@ -7,7 +7,7 @@ STAMP := $(VENV)/.rlhf-env-installed
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test slow check bench docs clean
+.PHONY: install demo test slow mutants check bench docs clean
 
 install: $(STAMP)
 
@@ -23,6 +23,9 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+mutants: $(STAMP)
+	$(BIN)/python -m tests.mutants
 
 check: $(STAMP)
 	$(BIN)/ruff check .

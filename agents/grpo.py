@@ -38,11 +38,9 @@ class GRPOConfig:
     group_size: int = 8  #: responses to each prompt, K; batch_size / K prompts are answered
     epochs: int = 1  #: passes over each batch
     minibatches: int = 2  #: gradient steps per pass
-    micro_batch_size: int = 0  #: episodes per backward pass; 0: all of the minibatch; the gradient is the same
+    micro_batch_size: int = 0  #: episodes per backward pass; 0: a whole minibatch; the gradient is the same
     clip: float = 0.2  #: ε of the surrogate
-    kl: Literal["reward", "k2", "k3"] = (
-        "reward"  #: part of the reward (exact), or a loss by this estimator (k3: as published)
-    )
+    kl: Literal["reward", "k2", "k3"] = "reward"  #: where β·KL goes: the reward (exact), or a loss (k3: as published)
     scale: bool = True  #: divide by the deviation within the group, as published; it moves the optimum between prompts
     average: Literal["response", "constant"] = "response"  #: weigh tokens by 1/length, as published, or all alike
     max_grad_norm: float = 1.0  #: gradients are scaled down to this norm

@@ -31,7 +31,9 @@ class NLPOConfig(PPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, mask_top_p=(0, 1), mask_every=(1, None))
+        require(self, mask_every=(1, None))
+        if not 0 < self.mask_top_p <= 1:
+            raise ConfigError(f"NLPO needs mask_top_p above 0 and at most 1, it is {self.mask_top_p}")
 
 
 class NLPO:

@@ -41,7 +41,7 @@ class PPOConfig:
     batch_size: int = 128  #: episodes collected per update
     epochs: int = 4  #: passes over each batch; more reuse samples further from the policy they came from
     minibatches: int = 4  #: gradient steps per pass, each over batch_size / minibatches whole episodes
-    micro_batch_size: int = 0  #: episodes per backward pass; 0: all of the minibatch; the gradient is the same
+    micro_batch_size: int = 0  #: episodes per backward pass; 0: a minibatch; the gradient is the same (ptx: nearly)
     clip: float = 0.2  #: ε of the surrogate: how far a probability ratio may move before its gradient stops
     value_network: Literal["shared", "separate"] = "shared"  #: the policy's own head, or a copy of the whole model
     value_clip: float = 0.2  #: ε for values, in units of return: how far one may move before its gradient stops

@@ -29,7 +29,7 @@ class RejectionSamplingConfig:
     group_size: int = 8  #: responses to each prompt, K, of which one is imitated
     epochs: int = 1  #: passes over those that were chosen
     minibatches: int = 1  #: gradient steps per pass
-    micro_batch_size: int = 0  #: episodes per backward pass; 0: all of the minibatch; the gradient is the same
+    micro_batch_size: int = 0  #: episodes per backward pass; 0: a whole minibatch; the gradient is the same
     max_grad_norm: float = 1.0  #: gradients are scaled down to this norm
 
     def __post_init__(self) -> None:

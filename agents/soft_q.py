@@ -33,11 +33,9 @@ class SoftQConfig:
     replay: int = 4  #: batches kept, the newest among them, from which gradient steps draw
     epochs: int = 2  #: passes' worth of gradient steps per update
     minibatches: int = 4  #: gradient steps per pass, each over batch_size / minibatches whole episodes of one batch
-    micro_batch_size: int = 0  #: episodes per backward pass; 0: all of the minibatch; the gradient is the same
+    micro_batch_size: int = 0  #: episodes per backward pass; 0: a whole minibatch; the gradient is the same
     lam: float = 0.9  #: λ: 0 learns from the next state's value alone, 1 from the whole rest of the path
-    target_rate: float = (
-        0.1  #: how far the target network follows after each gradient step; 1: it is the network itself
-    )
+    target_rate: float = 0.1  #: how far the target network follows after each gradient step; 1: all the way
     explore: float = 1.0  #: sampling temperature at first, as a multiple of the law's; it falls to 1 over the budget
     max_grad_norm: float = 1.0  #: gradients are scaled down to this norm
 

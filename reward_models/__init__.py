@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf_env.reward_models.bradley_terry import fit_comparisons, measure_comparisons, new_reward_model, usable
     from rlhf_env.reward_models.classifier import ClassifierReward
+    from rlhf_env.reward_models.ensemble import Ensemble
     from rlhf_env.reward_models.load import load_reward
     from rlhf_env.reward_models.vader import VaderReward
 
 __all__ = [
     "ClassifierReward",
+    "Ensemble",
     "VaderReward",
     "fit_comparisons",
     "load_reward",
@@ -22,6 +24,7 @@ __all__ = [
 
 _MODULES = {
     "ClassifierReward": "classifier",
+    "Ensemble": "ensemble",
     "VaderReward": "vader",
     "fit_comparisons": "bradley_terry",
     "load_reward": "load",

@@ -22,9 +22,13 @@ def load_reward(spec: str, *, device: torch.device | str = "cpu") -> RewardModel
     """The reward model that `spec` names.
 
     "vader"; "package.module:name" of a function, an object with `score`, or a class made without arguments (the
-    current directory is importable); or the folder of a Hugging Face sequence classifier, "folder:label" where it has
-    several labels. `device` is where a classifier runs.
+    current directory is importable); the folder of a Hugging Face sequence classifier, "folder:label" where it has
+    several labels; or several of these with commas between them, an ensemble. `device` is where classifiers run.
     """
+    if "," in spec and not Path(spec).exists():
+        from rlhf_env.reward_models.ensemble import Ensemble
+
+        return Ensemble([load_reward(member.strip(), device=device) for member in spec.split(",")])
     if spec == "vader":
         from rlhf_env.reward_models.vader import VaderReward
 
@@ -43,7 +47,7 @@ def load_reward(spec: str, *, device: torch.device | str = "cpu") -> RewardModel
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ConfigError(
         f"unknown reward model {spec!r}.{hint} Known are {', '.join(map(repr, _BUILT_IN))}, 'module:function', "
-        "'module:Class', and the folder of a sequence classifier"
+        "'module:Class', the folder of a sequence classifier, and several of them with commas between"
     )
 
 

@@ -376,7 +376,7 @@ def log_win_share(scores: Tensor, others: Tensor) -> Tensor:
     One pseudo-count each way, (1 + wins)/(2 + M), keeps it finite. The distribution function that best-of-n raises to
     the power n (Sessa et al. 2024 (BOND), arXiv 2407.14622).
     """
-    wins = (others.unsqueeze(-2) <= scores.unsqueeze(-1)).sum(-1)
+    wins = (others.unsqueeze(-2) <= scores.unsqueeze(-1)).to(scores.dtype).sum(-1)
     return ((1.0 + wins) / (2.0 + others.shape[-1])).log()
 
 

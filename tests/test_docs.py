@@ -89,6 +89,25 @@ def test_names_that_a_page_refers_to_exist(page):
         assert hasattr(import_module(module), name), target
 
 
+def named_tests(page: Path) -> list[str]:
+    """The tests that a page names, as pytest does."""
+    return re.findall(r"``(tests/[\w/]+\.py(?:::\w+)?)``", page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if named_tests(p)], ids=lambda p: p.stem)
+def test_tests_that_a_page_names_exist(page):
+    for test in named_tests(page):
+        file, _, name = test.partition("::")
+        assert f"def {name}" in (DOCS.parent / file).read_text(encoding="utf-8"), test
+
+
+def test_every_detail_that_matters_has_a_test_or_a_reason():
+    rows = (DOCS / "agents/details.rst").read_text(encoding="utf-8").split("\n   * - ")[1:]
+    rows = [row for row in rows if not row.startswith("detail\n")]
+    assert len(rows) > 40
+    assert [row.partition("\n")[0] for row in rows if not re.search(r"``tests/.+::test_\w+``", row)] == []
+
+
 def refused_rows(title: str) -> list[tuple[str, str]]:
     """What a table of the data page says is refused, and with which message."""
     page = (DOCS / "data.rst").read_text(encoding="utf-8")

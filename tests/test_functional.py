@@ -16,13 +16,17 @@ from torch import Tensor
 from rlhf_env.functional import (
     adaptive_beta_factor,
     best_of_n,
+    best_of_n_kl_bound,
     bradley_terry_loss,
     clipped_value_loss,
+    conservative_loss,
     dpo_loss,
     entropy,
+    expectile_loss,
     explained_variance,
     gae,
     gather_logp,
+    group_advantages,
     implicit_reward,
     inverse_cdf_sample,
     ipo_loss,
@@ -32,12 +36,21 @@ from rlhf_env.functional import (
     kl_k3,
     kto_loss,
     last_token,
+    leave_one_out,
+    linear_schedule,
+    log_win_share,
     masked_mean,
     masked_sum,
     masked_var,
+    policy_gradient_loss,
     ppo_clip_loss,
+    ppo_clip_terms,
+    ratio_metrics,
+    response_mean,
     restrict,
+    soft_value,
     token_rewards,
+    value_loss,
     whiten,
 )
 
@@ -70,6 +83,11 @@ def test_masked_sum_and_mean_weigh_every_token_the_same() -> None:
 
 def test_mean_of_nothing_is_zero() -> None:
     assert masked_mean(f64([1, 2]), torch.zeros(1, 2, dtype=torch.bool)).item() == 0
+
+
+def test_the_mean_over_responses_weighs_every_response_the_same() -> None:
+    x, mask = f64([1, 2, 6], [5, 99, 99]), prefix_mask(3, 1, width=3)
+    assert response_mean(x, mask).item() == 4  # of 3 and 5; the mean over tokens is 3.5
 
 
 def test_variance_is_the_population_variance() -> None:
@@ -313,7 +331,71 @@ def test_rewards_placed_on_tokens_or_at_the_end_have_the_same_undiscounted_retur
     assert by_token.tolist() == at_end.tolist() == [2, 0]
 
 
+def test_the_others_are_the_baseline() -> None:
+    """(1, 2, 6): (2 + 6)/2, (1 + 6)/2, (1 + 2)/2; a group knows nothing of the other one."""
+    x = f64([1, 2, 6, 50, 30, 10])[0]
+    assert leave_one_out(x, 3).tolist() == [4, 3.5, 1.5, 20, 30, 40]
+    assert leave_one_out(x[:2], 2).tolist() == [2, 1]
+
+
+def test_the_others_do_not_depend_on_oneself() -> None:
+    x = f64([1, 2, 6])[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(leave_one_out(x, 3)[1], x)
+    assert gradient.tolist() == [0.5, 0, 0.5]
+
+
+def test_advantages_within_a_group() -> None:
+    """Means 3 and 30; deviations √((4 + 1 + 9)/2) = √7 and 20, with K − 1 in the denominator."""
+    x = f64([1, 2, 6, 50, 30, 10])[0]
+    assert group_advantages(x, 3, scale=False).tolist() == [-2, -1, 3, 20, 0, -20]
+    scaled = group_advantages(x, 3, scale=True, eps=0.0)
+    close(scaled, [-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5, 1, 0, -1])
+    assert group_advantages(torch.full((4,), 5.0), 4, scale=True).tolist() == [0, 0, 0, 0]  # and not 0/0
+
+
+def test_a_schedule_is_a_straight_line_or_stays() -> None:
+    assert [linear_schedule(4.0, 2.0, progress) for progress in (0.0, 0.25, 1.0)] == [4, 3.5, 2]
+    assert linear_schedule(4.0, None, 0.5) == 4
+    assert linear_schedule(4.0, 0.0, 0.5) == 2
+
+
 # --- losses ----------------------------------------------------------------------------------------
+
+
+def test_the_policy_gradient_loss_by_hand() -> None:
+    logp, mask = f64([-1, -2], [-3, 99]).requires_grad_(), prefix_mask(2, 1, width=2)
+    loss = policy_gradient_loss(logp, f64([2, -4], [6, 99]), mask)
+    loss.backward()
+    close(loss.detach(), -(2 * -1 + -4 * -2 + 6 * -3) / 3)
+    close(logp.grad, f64([-2 / 3, 4 / 3], [-2, 0]))
+
+
+def test_the_plain_value_loss_by_hand() -> None:
+    values = f64([1, 3], [0, 99]).requires_grad_()
+    loss = value_loss(values, f64([2, 3], [-4, 7]), prefix_mask(2, 1, width=2))
+    loss.backward()
+    close(loss.detach(), (1 + 0 + 16) / 6)
+    close(values.grad, f64([-1 / 3, 0], [4 / 3, 0]))
+
+
+def test_how_far_a_policy_has_moved() -> None:
+    """Ratios 3/2, 1/2, 1: k3 of KL(old ‖ new) is ρ − 1 − ln ρ."""
+    mask = prefix_mask(3, width=4)
+    found = ratio_metrics(f64([1.5, 0.5, 1.0, 1e9]).log(), torch.zeros(1, 4, dtype=torch.float64), mask, clip=0.2)
+    expected = {
+        "approx_kl": (0.5 - math.log(1.5) - 0.5 + LN2) / 3,
+        "clip_fraction": 2 / 3,
+        "max_ratio": 1.5,
+        "max_ratio_error": 0.5,
+    }
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(expected)
+    assert ratio_metrics(f64([1.5, 0.5, 1.0, 0]).log(), f64([1, 1, 1, 0]).log(), mask, 0.6)["clip_fraction"] == 0
+
+
+def test_what_a_policy_has_moved_is_measured_without_a_gradient() -> None:
+    logp = f64([-1, -2]).requires_grad_()
+    found = ratio_metrics(logp, f64([-1, -1]), prefix_mask(2, width=2), 0.2)
+    assert not any(value.requires_grad for value in found.values())
 
 
 def test_the_ppo_clip_is_pessimistic() -> None:
@@ -361,8 +443,56 @@ def test_beta_follows_the_kl(kl: float, factor: float) -> None:
     assert adaptive_beta_factor(kl, target=6.0, episodes=100, horizon=1000) == pytest.approx(factor, abs=1e-12)
 
 
+@given(
+    kl=st.floats(-100, 100),
+    target=st.floats(0.01, 100),
+    episodes=st.integers(1, 10_000),
+    horizon=st.integers(1, 10_000),
+)
+def test_beta_grows_where_the_kl_is_too_large_and_by_a_fifth_at_most(
+    kl: float, target: float, episodes: int, horizon: int
+) -> None:
+    factor = adaptive_beta_factor(kl, target, episodes, horizon)
+    assert 0.8 <= factor <= 1.2
+    assert (factor >= 1) if kl >= target else (factor <= 1)
+
+
 def test_a_batch_larger_than_the_horizon_cannot_turn_beta_negative() -> None:
     assert adaptive_beta_factor(0.0, target=6.0, episodes=1000, horizon=100) == 0.8  # and not 1 − 0.2 · 10
+
+
+# --- values from data ------------------------------------------------------------------------------
+
+
+def test_the_expectile_loss_by_hand() -> None:
+    """Too low by 2 costs 0.9 · 4, too high by 2 costs 0.1 · 4."""
+    close(expectile_loss(f64([2, -2, 0])[0], 0.9), [3.6, 0.4, 0])
+    close(expectile_loss(f64([2, -2, 0])[0], 0.5), [2, 2, 0])
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.5, 0.9])
+def test_of_zeros_and_ones_the_expectile_is_tau(tau: float) -> None:
+    """τ (1 − m) = (1 − τ) m at m = τ: towards 1 it goes to the best that occurs."""
+    m = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
+    expectile_loss(f64([0, 1])[0] - m, tau).sum().backward()
+    close(m.grad, 0.0)
+
+
+def test_the_conservative_loss_by_hand() -> None:
+    q = f64([1, 2, 5]).log().requires_grad_()
+    loss = conservative_loss(q, torch.tensor([2]))
+    loss.sum().backward()
+    close(loss.detach(), [math.log(8 / 5)])
+    close(q.grad, f64([1 / 8, 2 / 8, 5 / 8 - 1]))  # descent lowers what was not chosen and raises what was
+
+
+def test_the_soft_value_by_hand() -> None:
+    """Q = ½ (ln 1, ln 3) at temperature ½: V = ½ ln 4, which π = (¼, ¾) attains as E[Q] + ½ H(π)."""
+    q = 0.5 * f64([1, 3]).log()
+    close(soft_value(q, 0.5), [0.5 * math.log(4)])
+    policy = f64([0.25, 0.75])
+    close((policy * q).sum() + 0.5 * entropy(policy.log()).sum(), 0.5 * math.log(4))
+    assert soft_value(q, 1e-3).item() == pytest.approx(0.5 * math.log(3))  # nearly the largest
 
 
 # --- sampling --------------------------------------------------------------------------------------
@@ -394,8 +524,12 @@ MASKED = {
     "explained_variance": lambda x, y, z, mask: explained_variance(x, y, mask),
     "token_rewards token": lambda x, y, z, mask: token_rewards(x[:, 0], x, y, mask, 0.3),
     "token_rewards terminal": lambda x, y, z, mask: token_rewards(x[:, 0], x, y, mask, 0.3, placement="terminal"),
+    "response_mean": lambda x, y, z, mask: response_mean(x, mask),
     "gae": lambda x, y, z, mask: gae(x, y, mask, 0.9, 0.8),
+    "policy_gradient_loss": lambda x, y, z, mask: policy_gradient_loss(x, y, mask),
+    "ppo_clip_terms": lambda x, y, z, mask: ppo_clip_terms(x, y, z, mask),
     "ppo_clip_loss": lambda x, y, z, mask: ppo_clip_loss(x, y, z, mask),
+    "value_loss": lambda x, y, z, mask: value_loss(x, y, mask),
     "clipped_value_loss": lambda x, y, z, mask: clipped_value_loss(x, y, z, mask),
     "implicit_reward": lambda x, y, z, mask: implicit_reward(x, y, mask),
 }
@@ -423,6 +557,16 @@ def test_padding_reaches_neither_results_nor_gradients(name: str, poison: float)
         else:
             assert grad is not None and torch.equal(expected, grad)
             assert grad[~mask].eq(0).all()
+
+
+@pytest.mark.parametrize("poison", [1e6, math.inf, math.nan])
+def test_padding_reaches_no_metric(poison: float) -> None:
+    mask = prefix_mask(5, 2, width=5)
+    logp, old = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(1))
+    clean, poisoned = (
+        ratio_metrics(torch.where(mask, logp, x), torch.where(mask, old, -x), mask, 0.2) for x in (0.0, poison)
+    )
+    assert clean == poisoned
 
 
 # --- best of n -------------------------------------------------------------------------------------
@@ -457,6 +601,28 @@ def test_best_of_n_of_thousands_does_not_overflow():
     assert float(best_of_n(scores, 1000)) == pytest.approx(1000 / 1001, abs=1e-6)
     with pytest.raises(ValueError, match="best of 5 cannot be estimated from 4"):
         best_of_n(scores[:4], 5)
+
+
+def test_the_kl_of_best_of_n_by_hand() -> None:
+    assert best_of_n_kl_bound(1) == 0
+    close(torch.tensor(best_of_n_kl_bound(4)), math.log(4) - 0.75)
+
+
+@pytest.mark.parametrize("n", [2, 16])
+def test_the_kl_of_best_of_n_is_that_of_many_unlikely_responses(n: int) -> None:
+    """Of M equally likely ones, the k-th best by score is best with probability (k/M)ⁿ − ((k − 1)/M)ⁿ."""
+    k = torch.arange(1, 20_001, dtype=torch.float64) / 20_000
+    best = k**n - (k - 1 / 20_000) ** n
+    kl = float(torch.where(best > 0, best * (best * 20_000).log(), 0.0).sum())
+    assert kl < best_of_n_kl_bound(n)
+    assert kl == pytest.approx(best_of_n_kl_bound(n), abs=1e-3)
+
+
+def test_the_share_that_a_response_beats() -> None:
+    """(1 + wins)/(2 + M), ties won; each prompt's own others."""
+    scores, others = f64([2, 0, 9], [2, 0, 9]), f64([1, 2, 3, 4], [0, 0, 0, 0])
+    found, expected = log_win_share(scores, others), torch.tensor([[3 / 6, 1 / 6, 5 / 6], [5 / 6, 5 / 6, 5 / 6]])
+    torch.testing.assert_close(found.exp(), expected)
 
 
 # --- preferences -----------------------------------------------------------------------------------

@@ -31,7 +31,10 @@ from rlhf_env.worlds import reviews
 HERE = Path(__file__).parents[1]
 BEST_OF = 16
 
+EVALUATIONS = 4  # on the way, for the curves
+
 ONE_STEP = {"batch_size": 64}  # four steps on what PPO takes four minibatches of
+PAIRS = {"batch_size": 32, "epochs": 2}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": {"batch_size": 256, "epochs": 1, "lam": 1.0},
     **dict.fromkeys(("a2c", "reinforce", "rloo", "remax"), ONE_STEP),
@@ -41,30 +44,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "best_of_n": {"n": BEST_OF, "draws": BEST_OF, "prompts": 16},
     "rejection_sampling": {"batch_size": 256, "group_size": 4},
     "bon_distillation": {"batch_size": 64, "n": BEST_OF, "draws": BEST_OF},
-    **dict.fromkeys(("dpo", "ipo", "kto"), {"batch_size": 32, "epochs": 2}),
+    **dict.fromkeys(("dpo", "ipo", "kto"), PAIRS),
     "online_dpo": {"batch_size": 256, "minibatches": 4},
-    "ilql": {"batch_size": 64, "epochs": 4},
+    "ilql": {"batch_size": 64, "epochs": 10, "learning_rate": 1e-3},
     "soft_q": {"batch_size": 256, "epochs": 1},
 }
 
 
 def task(name: str, model: str | None) -> dict[str, Any]:
-    """Reference, prompts, β per standard deviation of the proxy, length, learning rate and comparisons."""
+    """Reference, prompts, environment (β is per standard deviation of the proxy), and what goes with the model."""
     if name == "reviews":
         env = EnvConfig(beta=reviews.BETA, max_new_tokens=reviews.MAX_NEW_TOKENS)
         files = {"prompts": "builtin:reviews", "eval_prompts": None}
-        return {"policy": str(reviews.ASSETS / "reference"), **files, "env": env, "rate": 5e-4, "comparisons": 4000}
+        known = {"rate": 5e-4, "length": 8, "comparisons": 4000}
+        return {"policy": str(reviews.ASSETS / "reference"), **files, "env": env, **known}
     if model is None:
         raise SystemExit("stories needs --model FOLDER, a Hugging Face folder of stories260K")
     files = {"prompts": "story_openings.txt", "eval_prompts": "story_openings_held_out.txt"}
     found = {key: str(HERE / file) for key, file in files.items()}
-    return {
-        "policy": model,
-        **found,
-        "env": EnvConfig(beta=0.05, max_new_tokens=48),
-        "rate": 1e-4,
-        "comparisons": 3000,
-    }
+    known = {"rate": 1e-4, "length": 41, "comparisons": 3000}
+    return {"policy": model, **found, "env": EnvConfig(beta=0.05, max_new_tokens=48), **known}
 
 
 def prepare(what: dict[str, Any], seed: int, out: Path) -> None:
@@ -105,6 +104,7 @@ def run(name: str, model: str | None, tokens: int, episodes: int, out: Path, age
     # A normalised reward's unit is a deviation of the proxy's logits, and β the price of a nat in that unit.
     beta = what["env"].beta * read_json(shared / "reward" / "model" / "config.json")["reward_std"]
     if kind in ("dpo", "ipo", "kto"):
+        settings["learning_rate"] /= 5  # of 1, ½ and ⅕ the best for DPO on seed 100 of the reviews
         settings["beta"] = beta / 4 if kind == "ipo" else beta  # IPO's d is (p − ½)/β: the slope of DPO's at p = ½
     if kind == "ilql":
         settings["perturbation"] = 1 / what["env"].beta
@@ -125,7 +125,7 @@ def run(name: str, model: str | None, tokens: int, episodes: int, out: Path, age
         seed=seed,
         num_envs=128,
         eval_episodes=episodes,
-        eval_every=40 if "batch_size" in settings and settings["batch_size"] < 128 else 10,
+        eval_every=evaluate_every(what, settings, tokens, offline),
         checkpoint_every=0,
         env=what["env"],
         settings=settings,
@@ -141,6 +141,13 @@ def run(name: str, model: str | None, tokens: int, episodes: int, out: Path, age
     return {**here, **cost, "kl": kl, "objective": s["score_after"] - what["env"].beta * kl, "curve": curve}
 
 
+def evaluate_every(what: dict[str, Any], settings: dict[str, Any], tokens: int, offline: bool) -> int:
+    """How many updates are about a quarter of the run."""
+    size = settings.get("batch_size", 256)
+    examples = what["comparisons"] * settings.get("epochs", 1) if offline else tokens / what["length"]
+    return max(1, int(examples / size / EVALUATIONS))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("reviews", "stories"))
@@ -148,8 +155,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--agents", nargs="+", default=AGENTS, choices=AGENTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=100_000, help="that each run samples")
-    parser.add_argument("--eval-episodes", type=int, default=384)
+    parser.add_argument("--tokens", type=int, default=60_000, help="that each run samples")
+    parser.add_argument("--eval-episodes", type=int, default=256)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -61,7 +61,8 @@ def run(tokens: int, agent: str, seed: int) -> Row:
     cls = agent_class(name)
     config = agent_config(cls, {"learning_rate": 1e-3, **settings})
     learner = cls(world.policy(), config, seed=seed)
-    envs = TextGenerationVectorEnv(256, **(world.env_kwargs() | {"kl_mode": getattr(cls, "kl_mode", "reward")}))
+    keywords: dict[str, Any] = {**world.env_kwargs(), "kl_mode": getattr(cls, "kl_mode", "reward")}
+    envs = TextGenerationVectorEnv(256, **keywords)
     if hasattr(learner, "fit"):
         log = logged(world, tokens // world.length, seed)
         data = log if name == "ilql" else compared(log, seed)
@@ -96,7 +97,8 @@ def place(world: EnumerableWorld, log_probs: torch.Tensor) -> Row:
 
 def logged(world: EnumerableWorld, episodes: int, seed: int) -> Rollout:
     """Responses of the reference with gold as their reward, which holds no KL."""
-    envs = TextGenerationVectorEnv(1024, **(world.env_kwargs() | {"kl_mode": "observe"}))
+    keywords: dict[str, Any] = {**world.env_kwargs(), "kl_mode": "observe"}
+    envs = TextGenerationVectorEnv(1024, **keywords)
     return collect(world.reference, envs, episodes=episodes, seed=seed + 1_000)
 
 

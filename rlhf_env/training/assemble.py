@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from rlhf_env.envs.vector import TextGenerationVectorEnv
 from rlhf_env.errors import ConfigError, EmptyPromptError, PromptTooLongError, TokenizerError
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.records.safe_text import safe_text
+from rlhf_env.reward_models.ensemble import Ensemble
 from rlhf_env.reward_models.load import load_reward
 from rlhf_env.text.codec import Codec
 from rlhf_env.text.prompts import load_prompts
@@ -47,13 +50,14 @@ def assemble(config: TrainConfig, *, kl_mode: KLMode = "reward") -> Parts:
         eval_prompts = load_prompts(config.eval_prompts)
     device = parse_device(config.device)
     reward = load_reward(config.reward, device=device)
+    explored = _with_bonus(reward, config.bonus)
     gold = None if config.gold is None else load_reward(config.gold, device=device)
     policy = CausalLM.from_pretrained(config.policy, device=config.device, dtype=config.dtype)
     reference = load_reference(config) or policy.frozen_copy()
     policy.freeze_layers(config.freeze_layers)
 
     def make(
-        prompts: Sequence[str], file: str, beta: float | BetaController, kl_mode: KLMode = "reward"
+        prompts: Sequence[str], file: str, reward: Any, beta: float | BetaController, kl_mode: KLMode = "reward"
     ) -> TextGenerationVectorEnv:
         return make_envs(config.env, config.num_envs, prompts, file, policy, reward, reference, beta, kl_mode)
 
@@ -64,11 +68,20 @@ def assemble(config: TrainConfig, *, kl_mode: KLMode = "reward") -> Parts:
         beta = ScheduledBeta(((0, env.beta), (env.beta_horizon, env.final_beta)))
     return Parts(
         policy=policy,
-        envs=make(prompts, config.prompts, beta, kl_mode),
-        eval_envs=make(eval_prompts, config.eval_prompts or config.prompts, env.beta),
+        envs=make(prompts, config.prompts, explored, beta, kl_mode),
+        eval_envs=make(eval_prompts, config.eval_prompts or config.prompts, reward, env.beta),
         gold=gold,
         held_out=set(eval_prompts).isdisjoint(prompts),
     )
+
+
+def _with_bonus(reward: Any, bonus: float) -> Any:
+    """What training is told: the ensemble with its bonus for disagreement, which evaluation leaves out."""
+    if bonus == 0:
+        return reward
+    if not isinstance(reward, Ensemble):
+        raise ConfigError("bonus is for the disagreement of several rewards: name them with commas, --reward A,B,C")
+    return dataclasses.replace(reward, bonus=bonus)
 
 
 def split_prompts(prompts: Sequence[str], seed: int, share: float = 0.1) -> tuple[list[str], list[str]]:

@@ -151,11 +151,12 @@ class TrainConfig:
 
     policy: str  #: folder or hub name of the language model to train
     prompts: str  #: file of prompts, .txt (one per line) or .jsonl (key "prompt")
-    reward: str  #: what scores responses: "vader", "module:function" or the folder of a classifier
+    reward: str  #: what scores responses: "vader", "module:function", the folder of a classifier, or several, A,B,C
     agent: str = "ppo"  #: a name that `rlhf-env agents` lists, any other "sb3:NAME", or your "module:Class"
     data: str | None = None  #: what an agent that samples nothing learns from: comparisons, or ilql's logged responses
     reference: str | None = None  #: the model that KL is measured to; none: the policy as it starts
     eval_prompts: str | None = None  #: file of prompts to evaluate on; none: a tenth of `prompts` is held out for it
+    bonus: float = 0.0  #: with several rewards, A,B,C: training adds this times their deviation, to explore
     gold: str | None = None  #: the true reward of a synthetic experiment, evaluated but never trained on
     tokens: int | None = None  #: budget in sampled tokens (200,000 where no budget is given)
     episodes: int | None = None  #: budget in episodes
@@ -196,7 +197,7 @@ class EvaluateConfig:
 
     policy: str  #: folder or hub name of the language model to evaluate, e.g. the model/ of a run
     prompts: str  #: file of prompts, .txt (one per line) or .jsonl (key "prompt")
-    reward: str  #: what scores responses: "vader", "module:function" or the folder of a classifier
+    reward: str  #: what scores responses: "vader", "module:function", the folder of a classifier, or several, A,B,C
     reference: str | None = None  #: the model to measure KL and win rate against; none: neither is measured
     gold: str | None = None  #: the true reward of a synthetic experiment
     text: str | None = None  #: file of text to measure the perplexity on

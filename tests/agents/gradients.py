@@ -1,4 +1,4 @@
-"""What an agent's update is on average, by listing everything that it might have been given; no sampling."""
+"""What an agent's update is: on average, by listing all that it might have been given, or written out in loops."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from rlhf_env.functional import gather_logp, token_rewards
+from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.training.collect import collect
 from rlhf_env.types import Rollout
 from rlhf_env.worlds.enumerable import EnumerableWorld
 from tests.agents.pairs import listed
+from tests.builders import make_envs, random_model
 
 STILL: dict[str, Any] = {"learning_rate": 0.0, "max_grad_norm": math.inf}  # gradients to read, weights that stay
 
@@ -72,3 +75,48 @@ def gradient_of(objective: Tensor, policy: Any) -> Tensor:
 def cosine(a: Tensor, b: Tensor) -> float:
     """1 where two gradients point the same way."""
     return float(torch.cosine_similarity(a, b, dim=0))
+
+
+# --- written out ------------------------------------------------------------------------------------
+
+
+def float64_policy(seed: int = 1) -> CausalLM:
+    """A random model whose values are not 0."""
+    policy = random_model(dtype="float64", seed=seed)
+    torch.nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(0))
+    return policy
+
+
+def sampled(episodes: int = 6, group_size: int = 1, **kwargs: Any) -> Rollout:
+    """Episodes of `float64_policy` of unequal lengths, at a temperature; each has its row number as its score."""
+    envs = make_envs(3, reference=random_model(dtype="float64"), temperature=0.8, **kwargs)
+    rollout = collect(float64_policy(), envs, episodes=episodes, seed=3, group_size=group_size)
+    assert len(rollout.lengths.unique()) > 1
+    return dataclasses.replace(rollout, score=torch.arange(float(episodes), dtype=torch.float64))
+
+
+def read(policy: CausalLM, rollout: Rollout) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Log-probability, entropy and value at each token of each response: row by row, with no code of ours."""
+    rows = []
+    for i, n in enumerate(rollout.lengths.tolist()):
+        prompt, response = rollout.prompt_ids[i][rollout.prompt_mask[i]].tolist(), rollout.response_ids[i, :n]
+        output = policy.model(torch.tensor([[*prompt, *response.tolist()]]), output_hidden_states=True)  # type: ignore[operator]
+        log_probs = (output.logits[0, len(prompt) - 1 : -1] / rollout.law.temperature).log_softmax(-1)
+        head = policy.value_head
+        values = output.hidden_states[-1][0, len(prompt) - 1 : -1] @ head.weight[0] + head.bias
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        rows.append((log_probs[range(n), response], entropy, values))
+    return rows
+
+
+def returns_to_go(rewards: list[float]) -> list[float]:
+    """What is still to come at each token, its own reward included."""
+    return [sum(rewards[t:]) for t in range(len(rewards))]
+
+
+def assert_gradient_is_that_of(loss: Tensor, policy: CausalLM, updated: Any, tolerance: float = 1e-9) -> None:
+    """Whether an update at learning rate 0 left the gradient that autograd gives of a `loss` written out."""
+    wanted = gradient_of(loss, policy)
+    assert wanted.norm() > 1e-3
+    found = flat([p.grad for p in updated.parameters()], list(updated.parameters()))
+    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=1e-7)

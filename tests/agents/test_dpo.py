@@ -103,6 +103,19 @@ def test_metrics_by_hand():
     assert row["learning_rate"] == 0.1 and row["epoch"] == 1
 
 
+def test_which_pairs_the_metrics_are_of():
+    """Pairs in batches of one: a margin for each, of its own label, in whatever order; ties have none."""
+    pairs, policy = make_pairs(), random_model(dtype="float64", seed=1)
+    margins = []
+    for first, second, p in zip(
+        *(written_log_ratios(policy, each) for each in (pairs.first, pairs.second)), pairs.preference, strict=True
+    ):
+        if p != 0.5:
+            margins.append(0.1 * (first - second).item() * (1 if p > 0.5 else -1))
+    rows = list(DPO(policy, dataclasses.replace(STILL, batch_size=1)).fit(pairs))
+    assert sorted(row["margin"] for row in rows if row["margin"] == row["margin"]) == pytest.approx(sorted(margins))
+
+
 def test_of_ties_alone_there_is_no_accuracy_but_something_to_learn():
     pairs = dataclasses.replace(make_pairs(), preference=torch.full((7,), 0.5, dtype=torch.float64))
     row = next(DPO(random_model(dtype="float64", seed=1), STILL).fit(pairs))

@@ -102,6 +102,18 @@ def test_what_stands_in_the_padding_reaches_nothing(name, poison):
     assert equal(clean, spoilt) and clean_metrics == metrics
 
 
+@pytest.mark.parametrize("name", sorted({*LEARNING} - {"bon_distillation", "online_dpo", "soft_q"}))
+def test_where_kl_costs_nothing_the_reference_does_not_matter(name):
+    """To the bit; the others are defined by their reference, or by β."""
+    found = []
+    for reference in (random_model(), random_model(seed=5), None):
+        agent = make(name)
+        rows = list(train(agent, envs_for(agent, beta=0.0, reference=reference), updates=2, seed=1))
+        found.append(([row["return"] for row in rows], weights(agent)))
+    for returns, after in found[1:]:
+        assert returns == found[0][0] and equal(after, found[0][1])
+
+
 @pytest.mark.parametrize("name", LEARNING)
 def test_parts_of_a_batch_add_up_to_the_batch(name):
     """Gradient accumulation over episodes of unequal lengths: 1 × 8, 3 × 3 and 8 × 1 are the same step."""

@@ -60,6 +60,12 @@ def test_every_registered_agent_exists_and_is_described():
         assert agent_class(name).__doc__.partition("\n")[0] == descriptions[name] != ""
 
 
+@pytest.mark.parametrize("name", AGENTS)
+def test_every_setting_of_every_agent_has_its_sentence(name):
+    settings = agent_settings(agent_class(name))
+    assert settings and all(settings.values()), [key for key, sentence in settings.items() if not sentence]
+
+
 def test_our_agents_are_imported_from_one_place():
     from rlhf_env import agents
 
