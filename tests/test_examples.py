@@ -234,3 +234,82 @@ def test_the_table_of_compare_has_exact_bounds_and_keeps_what_was_computed(examp
     assert 0 < gain["best of 4"] < 1 and 0 < gain["best deterministic policy"] < 1
     assert example("third_party/compare.py", *arguments)[-1] == lines[-1]
     assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8") == rows
+
+
+def test_ppo_and_rloo_are_held_against_the_same_optimum(example):
+    lines = example("ppo_and_rloo.py", "--tokens", 3000, "--worlds", 0, 1)
+    assert lines[0] == ["world", "PPO", "RLOO"]
+    gains = [[percent(x) for x in row[1:]] for row in lines[1:3]]
+    assert all(0 < gain < 1 for row in gains for gain in row)
+    differences = [b - a for a, b in gains]
+    assert percent(lines[-1][6]) == pytest.approx(sum(differences) / 2, abs=2e-4)
+
+
+def test_ilql_reads_a_log_of_walks_in_which_no_shortest_path_is(example):
+    lines = example("ilql_from_a_log.py", "--walks", 3000, "--epochs", 1)
+    best, shortest = float(lines[-2][-1]), float(lines[-1][-1])
+    assert best > shortest >= 1
+
+
+@pytest.mark.slow
+def test_ilql_finds_the_shortest_paths_where_imitation_walks_on(example):
+    lines = example("ilql_from_a_log.py", "--seed", 0)
+    (imitated, long), (arrived, short) = ((percent(row[-2]), float(row[-1])) for row in lines[-4:-2])
+    best, shortest = float(lines[-2][-1]), float(lines[-1][-1])
+    assert arrived > 0.95 > imitated and shortest <= short < best - 1 < long
+
+
+def test_optimism_compares_four_second_rounds(example):
+    lines = example("optimism.py", "--worlds", 2, "--comparisons", 20)
+    assert [row[3] for row in lines[2:]] == ["the", "bonus", "bonus", "bonus"]
+
+
+def test_kl_estimators_agree_with_what_is_known_of_them(example):
+    lines = example("kl_estimators.py", "--worlds", 0, "--distances", 0.2)
+    rows = {row[1]: [float(x) if x != "–" else None for x in row[2:] if x != "|"] for row in lines[2:]}
+    kl, bias, _, cos, norm, *loss = rows["k1"]
+    assert kl > 0.2 and (bias, cos, norm) == (0, 1, 1) and loss[1] == 0  # exact as a reward, nothing as a loss
+    assert rows["k2"][-2:] == [1, 1]  # exact as a loss of whole responses
+    assert rows["k3"][1] == 0 and rows["k3"][-2] < 1  # an unbiased number, and another gradient
+
+
+COMPARE = "compare_agents"
+
+
+@pytest.fixture
+def study(example, monkeypatch):
+    """Run one of the two studies; they import what they share by its plain name, as scripts do."""
+    monkeypatch.syspath_prepend(str(FOLDER / COMPARE))
+    yield lambda name, *arguments: example(f"{COMPARE}/{name}", *arguments)
+    sys.modules.pop("study", None)
+
+
+def test_the_study_of_the_optimum_keeps_every_row(study, tmp_path):
+    words = ("optimum.py", "--out", tmp_path, "--worlds", 0, "--tokens", 1500, "--agents")
+    lines = study(*words, "ppo", "rloo", "best_of_n", "dpo", "soft_q")
+    gains = {row[1]: percent(row[3]) for row in lines[2:7]}
+    assert list(gains) == ["ppo", "rloo", "best_of_n", "dpo", "soft_q"] and max(gains.values()) < 1
+    assert (tmp_path / "optimum.png").stat().st_size > 10_000
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert study(*words, "ppo", "rloo")[2][3] == lines[2][3], "what was computed is not computed again"
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == kept
+
+
+@pytest.mark.slow
+def test_the_study_of_language_models_runs_every_kind_of_agent(study, tmp_path):
+    agents = ("ppo", "best_of_n", "dpo", "ilql", "soft_q")
+    lines = study(
+        "language.py",
+        "reviews",
+        "--out",
+        tmp_path,
+        "--seeds",
+        0,
+        "--tokens",
+        2000,
+        "--eval-episodes",
+        32,
+        "--agents",
+        *agents,
+    )
+    assert tuple(row[1] for row in lines[-5:]) == agents

@@ -64,7 +64,7 @@ def run(tokens: int, agent: str, seed: int) -> Row:
     keywords: dict[str, Any] = {**world.env_kwargs(), "kl_mode": getattr(cls, "kl_mode", "reward")}
     envs = TextGenerationVectorEnv(256, **keywords)
     if hasattr(learner, "fit"):
-        log = logged(world, tokens // world.length, seed)
+        log = logged(world, tokens // (2 * world.length) * 2, seed)  # an even number, for pairs
         data = log if name == "ilql" else compared(log, seed)
         per_epoch = -(-len(data) // config.batch_size)
         rows = ((i / (per_epoch * config.epochs), r) for i, r in enumerate(learner.fit(data), 1))
