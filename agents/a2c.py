@@ -41,7 +41,7 @@ class A2CConfig:
 
     def __post_init__(self) -> None:
         require(self, learning_rate=(0, None), batch_size=(1, None), micro_batch_size=(0, None), lam=(0, 1))
-        require(self, gamma=(0, 1), value_coef=(0, None), entropy_coef=(0, None))
+        require(self, gamma=(0, 1), value_coef=(0, None), entropy_coef=(0, None), final_entropy_coef=(0, None))
 
 
 class A2C:

@@ -7,7 +7,7 @@ where no two responses score alike; F(y) is the share of the reference's respons
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class BonDistillationConfig:
 
 class BonDistillation:
     """Learns the distribution of the best of n: imitates the reference's best, and climbs the log of its rank."""
+
+    kl_mode: ClassVar[Literal["reward"]] = "reward"  # it reads ref_logp, which "off" would not have
 
     def __init__(
         self,

@@ -47,6 +47,7 @@ class GRPOConfig:
 
     def __post_init__(self) -> None:
         require(self, learning_rate=(0, None), epochs=(1, None), minibatches=(1, None), micro_batch_size=(0, None))
+        require(self, clip=(0, None))
         require_groups(self, self.batch_size, self.group_size)
 
 
@@ -56,6 +57,8 @@ class GRPO:
     def __init__(self, policy: Policy, config: GRPOConfig = GRPOConfig(), *, seed: int = 0) -> None:  # noqa: B008 (frozen)
         self.policy, self.config, self.seed = policy, config, seed
         self.batch_size, self.group_size = config.batch_size, config.group_size
+        if config.kl != "reward":
+            self.kl_mode = "reward"  # the loss reads ref_logp, which "off" would not have
         self.descent = Descent(
             policy.parameters(), config.learning_rate, anneal=config.anneal, max_grad_norm=config.max_grad_norm
         )

@@ -59,6 +59,7 @@ class ILQL:
             nn.init.zeros_(head.weight)  # type: ignore[arg-type]
         self.heads.to(device=policy.device, dtype=policy.dtype)
         self.targets = copy.deepcopy(self.heads).requires_grad_(False)
+        self.temperature = 1.0  # of the law that the log is read under
         self.descent = Descent(
             [*policy.parameters(), *self.heads.parameters()],
             config.learning_rate,
@@ -72,6 +73,7 @@ class ILQL:
         `updates` is the number of gradient steps (none: `epochs` passes), `start` that of those taken already.
         """
         c = self.config
+        self.temperature = log.law.temperature
         lengths = log.require_finite().lengths  # of the log, which may be on another device than the model
 
         def loss_of(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -106,14 +108,15 @@ class ILQL:
     def policy(self) -> CausalLM:
         """The perturbed policy ∝ π_log exp(perturbation · (Q − V)), where V, the same for all tokens, drops out.
 
-        Q being linear in the hidden state, it is an ordinary language model with the output layer W + perturbation · Q.
+        Q being linear in the hidden state, it is an ordinary language model with the output layer W + perturbation · Q
+        (times the law's temperature, by which logits are divided).
         """
         extracted = copy.deepcopy(self.model)
         model: Any = extracted.model
         old, (first, second) = model.get_output_embeddings(), self.targets.parameters()
         layer = nn.Linear(*reversed(old.weight.shape), bias=old.bias is not None).to(old.weight)
         with torch.no_grad():
-            layer.weight.copy_(old.weight + self.config.perturbation * (first + second) / 2)
+            layer.weight.copy_(old.weight + self.temperature * self.config.perturbation * (first + second) / 2)
             if old.bias is not None:
                 layer.bias.copy_(old.bias)
         model.config.tie_word_embeddings = False  # what reads a token stays as it is
@@ -139,6 +142,7 @@ class ILQL:
             "descent": self.descent.state_dict(),
             "heads": self.heads.state_dict(),
             "targets": self.targets.state_dict(),
+            "temperature": self.temperature,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -146,3 +150,4 @@ class ILQL:
         self.descent.load_state_dict(state["descent"])
         self.heads.load_state_dict(state["heads"])
         self.targets.load_state_dict(state["targets"])
+        self.temperature = state["temperature"]

@@ -19,7 +19,8 @@ from rlhf_env.models.truncation import TruncatedDecoder
 from rlhf_env.settings import require
 from rlhf_env.types import Decoder, Rollout, SamplingLaw
 
-_SLACK = 1e-5  # of probability, by which a cached and a teacher-forced mask may differ
+# By how much probability a cached and a teacher-forced mask may differ.
+_SLACK = {torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class NLPOConfig(PPOConfig):
         require(self, mask_every=(1, None))
         if not 0 < self.mask_top_p <= 1:
             raise ConfigError(f"NLPO needs mask_top_p above 0 and at most 1, it is {self.mask_top_p}")
+        if self.ptx is not None:
+            raise ConfigError("NLPO has no ptx: demonstrations may hold tokens that its mask forbids")
 
 
 class NLPO:
@@ -91,8 +94,9 @@ class MaskedPolicy(nn.Module):
         """Log-probability, value and entropy at every response token, each [B, T], with gradient."""
         log_probs, values = self.own.response_log_probs(rollout)
         allowed, tokens = self._allowed(rollout, self.top_p), rollout.response_ids.unsqueeze(-1)
+        slack = _SLACK.get(next(self.mask.parameters()).dtype, 1e-5)
         # A token at the border was sampled by what the cache computed: rounding must not forbid it now.
-        nearly = (self._allowed(rollout, min(self.top_p + _SLACK, 1.0)) == tokens).any(-1, keepdim=True)
+        nearly = (self._allowed(rollout, min(self.top_p + slack, 1.0)) == tokens).any(-1, keepdim=True)
         log_probs = restrict(log_probs, torch.cat([allowed, torch.where(nearly, tokens, -1)], dim=-1))
         return gather_logp(log_probs, rollout.response_ids), values, entropy(log_probs)
 

@@ -27,6 +27,7 @@ from rlhf_env.functional import (
 )
 from rlhf_env.models.descent import Descent, mean_metrics, minibatches, require_finite_logp
 from rlhf_env.models.sft import demonstration_loss, read_demonstrations
+from rlhf_env.settings import require
 from rlhf_env.types import Policy, Rollout
 
 _PTX_STREAM = 5  # keeps the random numbers that choose demonstrations apart from those that shuffle episodes
@@ -62,8 +63,9 @@ class PPOConfig:
             raise ConfigError("PPO needs epochs ≥ 1 and at least one episode per minibatch (batch_size ≥ minibatches)")
         if self.learning_rate < 0 or self.clip <= 0 or not 0 <= self.lam <= 1 or not 0 < self.gamma <= 1:
             raise ConfigError("PPO needs learning_rate ≥ 0, clip > 0, 0 ≤ lam ≤ 1 and 0 < gamma ≤ 1")
-        if self.critic_warmup < 0 or self.micro_batch_size < 0 or self.ptx_coef < 0:
-            raise ConfigError("PPO needs critic_warmup, micro_batch_size and ptx_coef of at least 0")
+        require(self, learning_rate=(0, None), value_clip=(0, None), value_coef=(0, None), max_update_kl=(0, None))
+        require(self, entropy_coef=(0, None), final_entropy_coef=(0, None), critic_warmup=(0, None))
+        require(self, micro_batch_size=(0, None), ptx_coef=(0, None))
 
 
 class PPO:
@@ -112,7 +114,7 @@ class PPO:
             if not warming_up:
                 loss = loss + policy_loss - entropy_coef * entropy_mean
             metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy_mean}
-            if self.ptx:
+            if self.ptx and not warming_up:
                 metrics["ptx_loss"] = ptx_loss = demonstration_loss(self.policy, [self.ptx[drawn[i]] for i in rows])  # type: ignore[arg-type]
                 loss = loss + c.ptx_coef * ptx_loss
             return loss, metrics | ratio_metrics(logp, batch.logp, m, c.clip)

@@ -30,7 +30,8 @@ class ReinforceConfig:
     max_grad_norm: float = 1.0  #: gradients are scaled down to this norm
 
     def __post_init__(self) -> None:
-        require(self, learning_rate=(0, None), batch_size=(2, None), micro_batch_size=(0, None), entropy_coef=(0, None))
+        require(self, learning_rate=(0, None), batch_size=(2, None), micro_batch_size=(0, None))
+        require(self, entropy_coef=(0, None), final_entropy_coef=(0, None))
 
 
 class Reinforce:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_env.errors import ConfigError
 from rlhf_env.functional import gae, linear_schedule, masked_mean, value_loss
 from rlhf_env.models.descent import Descent, mean_metrics, minibatches, require_finite_logp
 from rlhf_env.settings import require
@@ -54,6 +55,8 @@ class SoftQ:
     def __init__(self, policy: Any, config: SoftQConfig = SoftQConfig(), *, seed: int = 0) -> None:  # noqa: B008 (frozen)
         self.policy, self.config, self.seed, self.batch_size = policy, config, seed, config.batch_size
         self.target = copy.deepcopy(policy).requires_grad_(False)
+        if next(iter(policy.parameters())).dtype in (torch.bfloat16, torch.float16):
+            self.target.float()  # or small steps towards the policy would vanish
         self.replay: list[Rollout] = []
         self.progress = 0.0
         self.descent = Descent(
@@ -70,8 +73,13 @@ class SoftQ:
         """Remember the batch, and take gradient steps on batches drawn from memory."""
         c = self.config
         self.progress = progress
+        betas = torch.cat([memory.beta for memory in [*self.replay, rollout.require_finite()]])
+        if not (betas > 0).all() or (betas != betas[0]).any():
+            raise ConfigError(
+                "soft Q-learning needs one β above 0 that stays: it is the temperature of all in its memory"
+            )
         draw = np.random.default_rng([self.seed, self.descent.begin(progress)])
-        self.replay = [*self.replay, rollout.require_finite()][-c.replay :]
+        self.replay = [*self.replay, rollout][-c.replay :]
         steps = []
         for _ in range(c.epochs):
             memory = self.replay[draw.integers(len(self.replay))]
@@ -101,7 +109,7 @@ class SoftQ:
     @torch.no_grad()
     def _follow(self) -> None:
         for slow, fast in zip(self.target.parameters(), self.policy.parameters(), strict=True):
-            slow.lerp_(fast, self.config.target_rate)
+            slow.lerp_(fast.to(slow.dtype), self.config.target_rate)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the descent, the target network, and the memory."""
@@ -131,6 +139,8 @@ class HeatedPolicy:
         return self.policy.decoder(num_rows, replace(law, temperature=law.temperature * self.heat))
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # of copying and pickling, which ask before there is a policy
+            raise AttributeError(name)
         return getattr(self.policy, name)  # everything else is the policy's own
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_env.envs.rewards import ScoreFn, scores_of
+from rlhf_env.envs.rewards import ScoreFn, scores_of, scores_tokens
 from rlhf_env.errors import ConfigError
 from rlhf_env.types import RewardModel
 
@@ -30,6 +30,8 @@ class Ensemble:
     def __post_init__(self) -> None:
         if len(self.members) < 2:
             raise ConfigError(f"an ensemble has at least two members, this one has {len(self.members)}")
+        if any(map(scores_tokens, self.members)):
+            raise ConfigError("the members of an ensemble score whole responses, and one of these scores tokens")
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, NDArray[np.float64]]:
         """The parts "mean" and, with a bonus, "bonus" of each score, [B]; deviations are those of a population."""

@@ -163,8 +163,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
 def policy_gradient_loss(logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """−mean_t A_t log π_t, whose gradient is the policy gradient; Williams 1992, eq. 11. Inputs [B, T].
 
-    Every token that counts weighs the same, so in expectation it is the gradient of E[Σ_t A_t log π_t] divided by the
-    mean length.
+    Every token that counts weighs the same: the gradient of Σ_t A_t log π_t, per token of the batch. Where lengths
+    differ that is a ratio of two estimates, and its direction is exact only as the batch grows.
     """
     logp, advantages = (torch.where(mask, x, torch.zeros_like(x)) for x in (logp, advantages))
     return -masked_mean(advantages * logp, mask)

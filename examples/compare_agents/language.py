@@ -22,6 +22,8 @@ from study import AGENTS, Row, plot_beside_ppo, print_table, run_all
 from rlhf_env.preferences.comparisons import read_comparisons
 from rlhf_env.records.jsonl import read_json, read_jsonl, write_jsonl
 from rlhf_env.settings import BradleyTerryConfig, LabelerConfig
+from rlhf_env.text.prompts import load_prompts
+from rlhf_env.training.assemble import split_prompts
 from rlhf_env.training.config import EnvConfig, PreferConfig, RewardConfig, TrainConfig
 from rlhf_env.training.prefer import run_prefer
 from rlhf_env.training.reward import run_reward
@@ -67,13 +69,18 @@ def task(name: str, model: str | None) -> dict[str, Any]:
 
 
 def prepare(what: dict[str, Any], seed: int, out: Path) -> None:
-    """One seed's comparisons, the proxy that learns from them, and the compared responses as a log."""
-    prefer, reward = out / "prefer", out / "reward"
+    """One seed's prompts, comparisons, the proxy that learns from them, and the compared responses as a log."""
+    prefer, reward, prompts = out / "prefer", out / "reward", load_prompts(what["prompts"])
+    held_out = None if what["eval_prompts"] is None else load_prompts(what["eval_prompts"])
+    train, evaluate = split_prompts(prompts, seed, 0.25) if held_out is None else (prompts, held_out)
+    out.mkdir(parents=True, exist_ok=True)
+    for file, texts in (("train.jsonl", train), ("eval.jsonl", evaluate)):
+        write_jsonl(out / file, [{"prompt": text} for text in texts])
     if not (prefer / "summary.json").exists():
         labeler = LabelerConfig(temperature=0.25)
         config = PreferConfig(
             policy=what["policy"],
-            prompts=what["prompts"],
+            prompts=str(out / "train.jsonl"),
             gold="vader",
             comparisons=what["comparisons"],
             labeler=labeler,
@@ -115,8 +122,8 @@ def run(name: str, model: str | None, tokens: int, episodes: int, out: Path, age
     folder = shared / agent.replace(" ", "-")
     config = TrainConfig(
         policy=what["policy"],
-        prompts=what["prompts"],
-        eval_prompts=what["eval_prompts"],
+        prompts=str(shared / "train.jsonl"),
+        eval_prompts=str(shared / "eval.jsonl"),
         reward=str(shared / "reward" / "model"),
         gold="vader",
         agent=kind,
@@ -131,7 +138,7 @@ def run(name: str, model: str | None, tokens: int, episodes: int, out: Path, age
         settings=settings,
     )
     if not (folder / "summary.json").exists():
-        run_training(config, folder)
+        run_training(config, folder, resume=(folder / "config.yaml").is_file())
     s, rows = read_json(folder / "summary.json"), read_jsonl(folder / "metrics.jsonl")
     path = [(row["eval_kl"], row["eval_gold"]) for row in rows if "eval_kl" in row]
     here = {key: s.get(key) for key in ("gold_before", "gold_after", "score_after", "length", "distinct_2")}

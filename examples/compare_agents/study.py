@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from rlhf_env.intervals import mean_interval
+from rlhf_env.records.atomic import write_atomic
 
-#: Every agent, in the order of the tables; those after the first eight come after a blank in thought, not in print.
+#: Every agent, in the order of the tables.
 AGENTS = (
     *("ppo", "a2c", "reinforce", "rloo", "grpo", "grpo (published)", "remax", "nlpo"),
     *("best_of_n", "rejection_sampling", "bon_distillation"),
@@ -46,7 +47,7 @@ def _kept(task: tuple[Callable[[str, int], Row], str, int, Path]) -> Row:
     run, agent, seed, file = task
     if not file.exists():
         row = {"agent": agent, "seed": seed, **run(agent, seed)}
-        file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        write_atomic(file, (json.dumps(row) + "\n").encode("utf-8"))
         print(f"{agent}, seed {seed}: {row['seconds']:.0f} s", file=sys.stderr, flush=True)
     return json.loads(file.read_text(encoding="utf-8"))
 

@@ -69,21 +69,36 @@ def train(
     settings = cli.settings_from(TrainConfig, stored, flags, overrides)
     cli.use_threads(threads)
 
-    from rlhf_env.training.agents import is_sb3
+    from rlhf_env.records.run import Run
+    from rlhf_env.training.page import write_report
     from rlhf_env.training.run import run_training
 
+    if beta is not None and settings.data is not None:
+        print(
+            f"note: {settings.agent} learns from data, and --beta only measures it; its own settings: "
+            f"rlhf-env agents {settings.agent}",
+            file=sys.stderr,
+        )
     try:
         with watch_training(settings) as on_update:
             summary = run_training(settings, out, resume=resume, on_update=on_update)
     except KeyboardInterrupt as error:
-        if is_sb3(settings.agent):
-            print(f"interrupted; runs of {settings.agent} cannot be resumed, only begun anew", file=sys.stderr)
-        elif (out / "config.yaml").is_file():
-            print(f"interrupted; to continue: rlhf-env train --resume --out {shlex.quote(str(out))}", file=sys.stderr)
-        else:
-            print("interrupted before there was anything to keep", file=sys.stderr)
-        raise typer.Exit(exit_code(error)) from None
+        if not Run(out).finished:
+            print(_how_to_go_on(settings, out), file=sys.stderr)
+            raise typer.Exit(exit_code(error)) from None
+        summary = Run(out).summary  # the signal came too late to end anything
+        write_report(out)
     print_summary(summary, out)
+
+
+def _how_to_go_on(config: TrainConfig, out: Path) -> str:
+    from rlhf_env.training.agents import is_sb3
+
+    if is_sb3(config.agent):
+        return f"interrupted; runs of {config.agent} cannot be resumed, only begun anew"
+    if (out / "config.yaml").is_file():
+        return f"interrupted; to continue: rlhf-env train --resume --out {shlex.quote(str(out))}"
+    return "interrupted before there was anything to keep"
 
 
 @contextmanager

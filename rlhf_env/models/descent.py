@@ -10,15 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf_env.errors import NonFiniteError
+from rlhf_env.errors import ConfigError, NonFiniteError
 from rlhf_env.settings import BradleyTerryConfig, SFTConfig
+
+_HALF = (torch.bfloat16, torch.float16)
 
 #: The loss of the rows with these numbers, a mean over whatever they weigh by, and metrics that are means likewise.
 LossOf = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Descent:
-    """Adam for an agent: clipped gradients, a learning rate that may fall to 0, and no step on what is not finite."""
+    """Adam for an agent: clipped gradients, a learning rate that may fall to 0, and no step on what is not finite.
+
+    Of weights in half precision, in which small steps would vanish, it keeps and steps on a copy in float32.
+    """
 
     def __init__(
         self,
@@ -29,8 +34,16 @@ class Descent:
         max_grad_norm: float = 1.0,
         adam_eps: float = 1e-5,
     ) -> None:
+        for name, value in (("max_grad_norm", max_grad_norm), ("adam_eps", adam_eps)):
+            if not 0 < value:
+                raise ConfigError(f"{name} must be above 0, it is {value}")
+        if not 0 <= learning_rate < float("inf"):
+            raise ConfigError(f"learning_rate must be at least 0 and finite, it is {learning_rate}")
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, eps=adam_eps)
+        if not self.parameters:
+            raise ConfigError("no weight may change: the policy is frozen, as references are; train a copy that is not")
+        self.masters = [p.detach().float() if p.dtype in _HALF else p for p in self.parameters]
+        self.optimizer = torch.optim.Adam(self.masters, lr=learning_rate, eps=adam_eps)
         self.learning_rate, self.anneal, self.max_grad_norm = learning_rate, anneal, max_grad_norm
         self.updates = 0  # begun so far
 
@@ -56,7 +69,8 @@ class Descent:
         and `gradient_norm`, before it was clipped. Raises `NonFiniteError`, with no weight touched, where the loss or
         its gradient is not finite.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        for p in self.parameters:
+            p.grad = None
         weights = torch.ones_like(rows) if weight is None else weight[rows]
         found: defaultdict[str, float] = defaultdict(float)
         size = micro_batch_size or len(rows)
@@ -71,21 +85,31 @@ class Descent:
             for name, value in metrics.items():
                 is_max = name.startswith("max_")
                 found[name] = max(found[name], value.item()) if is_max else found[name] + value.item() * share
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        for master, p in zip(self.masters, self.parameters, strict=True):
+            master.grad = None if p.grad is None else p.grad.to(master.dtype)
+        norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
         if not torch.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient of {_named(rows)} became non-finite in update {self.updates}; the step was not taken"
             )
         self.optimizer.step()
+        with torch.no_grad():
+            for master, p in zip(self.masters, self.parameters, strict=True):
+                if master is not p:
+                    p.copy_(master)
         return {**found, "gradient_norm": norm.item()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Adam's state and the number of updates begun."""
-        return {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+        """Adam's state, the copies in float32 if there are any, and the number of updates begun."""
+        copies = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
+        return {"optimizer": self.optimizer.state_dict(), "copies": copies, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
+        copies = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
+        for copy, saved in zip(copies, state["copies"], strict=True):
+            copy.copy_(saved)
         self.updates = state["updates"]
 
 

@@ -102,7 +102,7 @@ def demonstration_loss(policy: CausalLM, rows: Sequence[EncodedDemonstration]) -
 
 def read_demonstrations(source: str, policy: CausalLM) -> list[EncodedDemonstration]:
     """The demonstrations of a file or data set, encoded for a policy; those beyond its context are left out."""
-    codec, context = Codec(policy.tokenizer), policy.context_length
+    codec, context = Codec(policy.tokenizer, chat_template="auto"), policy.context_length
     return encode_demonstrations(codec, load_demonstrations(source), context_length=context, too_long="drop")
 
 

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,16 @@ def open_dashboards(
         tell = [stack.enter_context(_DASHBOARDS[name](folder, config, start)) for name in names]
 
         def show(row: Mapping[str, Any]) -> None:
-            numbers = {k: v for k, v in row.items() if type(v) in (int, float) and math.isfinite(v)}
+            numbers = {k: v for k, v in row.items() if _is_number(v) and math.isfinite(v)}
             update = numbers.pop("update")
             for each in tell:
                 each(update, numbers)
 
         yield show
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def is_sb3(name: str) -> bool:
 
 
 def check_agent(config: TrainConfig) -> None:
-    """Refuse an agent that is none, settings that it does not have, and data where it needs none or the lack of it."""
+    """Refuse an agent that is none, and what makes no sense to it: settings, data or its lack, a budget, a moving β."""
     if is_sb3(config.agent):
         from rlhf_env.training.sb3 import sb3_class  # a second of imports that ours do not need
 
@@ -68,6 +68,12 @@ def check_agent(config: TrainConfig) -> None:
         raise ConfigError(
             f"{config.agent} samples nothing, so {sampled.pop()} cannot be its budget: give updates (gradient steps), "
             "or none, for as many as its own settings say"
+        )
+    steered = [name for name in ("target_kl", "final_beta") if getattr(config.env, name) is not None]
+    if source is not None and steered:
+        raise ConfigError(
+            f"{config.agent} samples nothing, so env.{steered[0]} has no β to change: leave it out, and see its own "
+            f"settings with rlhf-env agents {config.agent}"
         )
 
 

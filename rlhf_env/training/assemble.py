@@ -35,7 +35,7 @@ class Parts:
     envs: TextGenerationVectorEnv
     eval_envs: TextGenerationVectorEnv  # the same task on the prompts to evaluate on, with β fixed
     gold: RewardModel | ScoreFn | None
-    held_out: bool  # whether evaluation uses prompts that training does not
+    held_out: bool  # whether neither training nor its data use the prompts of evaluation
 
 
 def assemble(config: TrainConfig, *, kl_mode: KLMode = "reward") -> Parts:

@@ -116,7 +116,8 @@ def collect(
     if task.uses_reference and task.kl_mode != "off":
         assert task.reference is not None
         rollout = dataclasses.replace(rollout, ref_logp=teacher_forced_logp(task.reference, rollout)).require_finite()
-        if not greedy:  # the log-ratio of the most probable tokens is no estimate of the KL
+        # The log-ratio of the most probable tokens is no estimate of the KL, and the reference's own KL steers nothing.
+        if not greedy and policy is not task.reference:
             _alarm_on_negative(rollout.kl)
             core.observe_kl(rollout.kl.tolist())
     return dataclasses.replace(rollout, reward=_rewards(task, rollout, token_score.to(rollout.logp)))

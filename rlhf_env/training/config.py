@@ -18,7 +18,7 @@ DEFAULT_TOKENS = 200_000
 class EnvConfig:
     """The token MDP: what is written, when it ends, and what the KL costs."""
 
-    beta: float = 0.05  #: KL coefficient in reward per nat; where it adapts, its first value
+    beta: float = 0.05  #: KL coefficient in reward per nat (where it adapts, the first); with data, of measuring only
     target_kl: float | None = None  #: KL in nats per sequence that β is steered towards; none keeps β fixed
     final_beta: float | None = None  #: KL coefficient after `beta_horizon` episodes, in a straight line; none: it stays
     beta_horizon: int = 10_000  #: episodes over which an adapting β changes by a factor of about e^0.2

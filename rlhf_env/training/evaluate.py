@@ -14,7 +14,7 @@ from rlhf_env.envs.binding import find_cores
 from rlhf_env.envs.rewards import scores_of
 from rlhf_env.envs.task import ScoreFn, TextTask
 from rlhf_env.errors import DataError
-from rlhf_env.functional import best_of_n, gae, kl_k2, kl_k3, masked_sum
+from rlhf_env.functional import best_of_n, best_of_n_kl_bound, gae, kl_k2, kl_k3, masked_sum
 from rlhf_env.intervals import mean_interval, rate_interval
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.scoring import full_kl, teacher_forced_logp
@@ -54,12 +54,13 @@ def evaluate(
     What the KL of such a choice is, no log-ratio says; `kl_bound`, in place of `kl` and its kin, is log n − (n − 1)/n
     nats, which the KL to the policy that drew never exceeds (Beirami et al. 2024, arXiv 2401.01879).
 
-    Metrics: `score`, `gold` (where a true reward is given), `kl` (nats per sequence to the reference, by the estimators
-    k1, `kl_k2` and `kl_k3`, and `kl_full`: summed over the vocabulary in every state that was visited), `length`,
-    `eos_rate`, `distinct_1` and `distinct_2` (distinct share of token n-grams over all responses), `perplexity` of
-    `text` per token, and `win_rate` against the reference by the score (ties count half), with 95 % intervals: normal
-    for means, Wilson for rates. What is measured of the reference's responses is called `reference_score` and so on.
-    The reference draws with the same random numbers, so equal policies give equal texts.
+    Metrics: `score`, `gold` (where a true reward is given), `penalty` (where the task has any), `kl` (nats per sequence
+    to the reference, by the estimators k1, `kl_k2` and `kl_k3`, and `kl_full`: summed over the vocabulary in every
+    state that was visited), `length`, `eos_rate`, `distinct_1` and `distinct_2` (distinct share of token n-grams over
+    all responses), `perplexity` of `text` per token, and `win_rate` against the reference by the score (ties count
+    half), with 95 % intervals: normal for means, Wilson for rates. What is measured of the reference's responses is
+    called `reference_score` and so on. The reference draws with the same random numbers, so equal policies give equal
+    texts.
     """
     core = find_cores(envs)[0]
     task, beta = core.task, core.beta_state()
@@ -70,7 +71,7 @@ def evaluate(
     if best_of > 1:
         own = own[torch.arange(len(prompts)) * best_of + own.score.cpu().reshape(-1, best_of).argmax(1)]
     samples = _rows(task, prompts, own, gold)
-    metrics = _measured(own, samples)
+    metrics = _measured(task, own, samples)
     shown = own[slice(0, _SHOWN)]
     tokens = [
         {"prompt": row["prompt"], "policy": numbers}
@@ -79,7 +80,7 @@ def evaluate(
     if task.uses_reference:
         assert task.reference is not None
         if best_of > 1:
-            metrics["kl_bound"] = _kl_bound(best_of)
+            metrics["kl_bound"] = best_of_n_kl_bound(best_of)
         elif not greedy:  # the log-ratio of the most probable tokens is no estimate of the KL
             metrics |= mean_interval("kl", own.kl.numpy(force=True))
             for name, estimator in (("kl_k2", kl_k2), ("kl_k3", kl_k3)):
@@ -89,7 +90,7 @@ def evaluate(
                 metrics |= mean_interval("kl_full", full_kl(policy, task.reference, own).numpy(force=True))
         theirs = collect(task.reference, envs, prompts, seed=seed, greedy=greedy, progress=progress)
         others = _rows(task, prompts, theirs, gold)
-        metrics |= {f"reference_{name}": value for name, value in _measured(theirs, others).items()}
+        metrics |= {f"reference_{name}": value for name, value in _measured(task, theirs, others).items()}
         difference = (own.score - theirs.score).numpy(force=True)
         wins = float((difference > 0).sum() + 0.5 * (difference == 0).sum())
         metrics |= rate_interval("win_rate", wins, len(own))
@@ -139,7 +140,7 @@ def best_of_n_path(scores: Tensor, gold: Tensor | None = None, *, most: int | No
     """
     rows, n = [], 1
     while n <= (most or scores.shape[1]):
-        row = {"n": n, "kl_bound": _kl_bound(n)}
+        row = {"n": n, "kl_bound": best_of_n_kl_bound(n)}
         row |= mean_interval("score", best_of_n(scores, n).numpy())
         if gold is not None:
             row |= mean_interval("gold", best_of_n(scores, n, gold).numpy())
@@ -147,18 +148,16 @@ def best_of_n_path(scores: Tensor, gold: Tensor | None = None, *, most: int | No
     return rows
 
 
-def _kl_bound(n: int) -> float:
-    return math.log(n) - (n - 1) / n
-
-
 def _facts(row: dict[str, Any]) -> dict[str, float]:
     return {name: row[name] for name in ("score", "gold", "kl", "length") if name in row}
 
 
-def _measured(rollout: Rollout, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _measured(task: TextTask, rollout: Rollout, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     gold = {} if "gold" not in rows[0] else mean_interval("gold", [row["gold"] for row in rows])
+    penalized = task.missing_eos_penalty or task.length_penalty
     return {
         **mean_interval("score", rollout.score.numpy(force=True)),
+        **(mean_interval("penalty", rollout.penalty.numpy(force=True)) if penalized else {}),
         **gold,
         **mean_interval("length", rollout.lengths.numpy(force=True)),
         **rate_interval("eos_rate", float(rollout.ended.sum()), len(rollout)),

@@ -104,6 +104,8 @@ def next_rollouts(agent: Agent, envs: Any, seed: int, start: int) -> tuple[Rollo
 
 def _require_rewards_for(agent: Agent, envs: Any) -> None:
     wanted, found = getattr(agent, "kl_mode", None), find_cores(envs)[0].task.kl_mode
+    if wanted is None and found == "reference":
+        wanted = "reward"  # rewards that hold +β log ref are for those who ask for them
     if wanted not in (None, found):
         raise ConfigError(
             f"{type(agent).__name__} learns from rewards of kl_mode={wanted!r}, and this environment's is {found!r}: "

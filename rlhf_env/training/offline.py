@@ -110,6 +110,8 @@ def _encode(task: TextTask, prompt: str, response: str) -> tuple[list[int], list
             f"a response of {len(ids)} tokens, where the environment's have at most {longest}: raise max_new_tokens, "
             "or take the row out"
         )
+    if any(task.stop_reason(asked, ids[: n + 1]) is not None for n in range(len(ids) - 1)):
+        raise DataError("the environment would have ended this response earlier, at EOS or one of its stop_strings")
     if not ids or task.stop_reason(asked, ids) is None:
         raise DataError(
             f"a response of {len(ids)} tokens, after which the environment, having no EOS, goes on until there are "

@@ -106,7 +106,7 @@ def training_card(
     prompts = (
         "prompts that training never saw"
         if summary["held_out"]
-        else "prompts that training used too (there were no others), so this says nothing about new ones"
+        else "prompts that training used too, so this says nothing about new ones"
     )
     shown = [
         f"    prompt  {safe_text(row['prompt'])}\n"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from rlhf_env.errors import ConfigError, NonFiniteError
 from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.preferences.comparisons import read_comparisons
 from rlhf_env.records.atomic import write_folder_atomic
 from rlhf_env.records.checkpoint import (
     flatten_state,
@@ -26,11 +29,12 @@ from rlhf_env.records.dashboards import open_dashboards, require_dashboards
 from rlhf_env.records.jsonl import read_json, write_json
 from rlhf_env.records.run import Run, require_free
 from rlhf_env.records.safe_text import safe_text
+from rlhf_env.text.sources import read_rows
 from rlhf_env.training.agents import agent_class, agent_config, check_agent, is_sb3
 from rlhf_env.training.assemble import Parts, assemble
 from rlhf_env.training.config import TrainConfig
 from rlhf_env.training.evaluate import Evaluation, evaluate
-from rlhf_env.training.interruption import Interrupted
+from rlhf_env.training.interruption import Interrupted, InterruptedAgain
 from rlhf_env.training.loop import Spent, train
 from rlhf_env.training.offline import load_log, load_pairs
 from rlhf_env.training.page import write_report
@@ -38,7 +42,14 @@ from rlhf_env.training.report import paired_samples, plot_training, summarize, t
 from rlhf_env.types import Agent, OfflineAgent, Pairs, Policy, Rollout
 
 Report = Callable[[dict[str, Any]], None]
-FinishRow = Callable[[dict[str, Any], Policy], dict[str, Any]]
+FinishRow = Callable[[dict[str, Any], Callable[[], Policy]], dict[str, Any]]
+
+#: Where errors name a single episode, and where one of what was sampled rather than of a step.
+_EPISODE = r"\b(?:episode|prompt) (\d+)"
+_SAMPLED_EPISODE = _EPISODE + r"(?!.*the step was not taken)"
+
+#: Agents that step on groups, a choice or memories of what was sampled, whose rows are not those of the batch.
+_CHOOSING = ("rejection_sampling", "online_dpo", "soft_q", "bon_distillation")
 
 
 def run_training(
@@ -64,11 +75,13 @@ def run_training(
     cls: Any = None if sb3 else agent_class(config.agent)
     parts = assemble(config, kl_mode=getattr(cls, "kl_mode", "reward"))
     data = None if config.data is None else _load_data(cls, config.data, parts)
+    if config.data is not None and not _prompts_of(cls, config.data).isdisjoint(parts.eval_envs.task.prompts):
+        parts = dataclasses.replace(parts, held_out=False)
 
     def measure(policy: Policy, best_of: int = 1) -> Evaluation:
         return evaluate(policy, parts.eval_envs, episodes=config.eval_episodes, gold=parts.gold, best_of=best_of)
 
-    def finish_row(row: dict[str, Any], policy: Policy) -> dict[str, Any]:
+    def finish_row(row: dict[str, Any], policy_of: Callable[[], Policy]) -> dict[str, Any]:
         """What every agent's row gets: speed, and an evaluation where one is due."""
         nonlocal tokens, updating
         updating += row["seconds"]
@@ -76,6 +89,7 @@ def run_training(
         if written:
             row["tokens_per_second"] = written / row["seconds"]
         if config.eval_every and row["update"] % config.eval_every == 0:
+            policy = policy_of()  # which some agents make anew each time that they are asked
             measured = measure(policy, best_of).metrics
             row |= {f"eval_{name}": value for name, value in measured.items() if not name.startswith("reference_")}
             _keep_best(run, row, parts.eval_envs.beta, _model(policy, parts))
@@ -90,15 +104,17 @@ def run_training(
 
         model = make_sb3(config, parts.envs)
         run = Run.create(out, to_dict(config))
-        with open_dashboards(config.log_to, out, to_dict(config)) as tell:
-            policy: Policy = train_sb3(model, config, run, finish_row, on_update)
+        with _no_folder_if_refused(run), open_dashboards(config.log_to, out, to_dict(config)) as tell:
+            finish = lambda row, policy: finish_row(row, lambda: policy)  # noqa: E731
+            policy: Policy = train_sb3(model, config, run, finish, on_update)
     else:
         torch.manual_seed(config.seed)  # ours need no global randomness, but your agent may use some
         agent = cls(parts.policy, agent_config(cls, config.settings), seed=config.seed)
         run = Run.open(out) if resume else Run.create(out, to_dict(config))  # from here on there is something to keep
         spent = _restore(config, run, agent, parts) if resume else spent
         tokens, best_of = spent.tokens, getattr(agent, "best_of", 1)
-        with open_dashboards(config.log_to, out, to_dict(config), start=spent.updates) as tell:
+        dashboards = open_dashboards(config.log_to, out, to_dict(config), start=spent.updates)
+        with nullcontext() if resume else _no_folder_if_refused(run), dashboards as tell:
             _train(config, agent, data, parts, spent, run, finish_row, on_update)
         policy = agent.policy
     after = measure(policy, best_of)
@@ -121,14 +137,32 @@ def _load_data(cls: Any, source: str, parts: Parts) -> Pairs | Rollout:
     return load_pairs(source, parts.envs) if cls.learns_from == "pairs" else load_log(source, parts.envs)
 
 
+def _prompts_of(cls: Any, source: str) -> set[str]:
+    if cls.learns_from == "pairs":
+        return {comparison.prompt for comparison in read_comparisons(source)}
+    return {row["prompt"] for _, row in read_rows(source)}
+
+
+@contextmanager
+def _no_folder_if_refused(run: Run) -> Iterator[None]:
+    """A new run that is refused before its first row leaves nothing that stands in the way of the corrected one."""
+    try:
+        yield
+    except ConfigError:
+        if not (run.path / "metrics.jsonl").exists():
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+
+
 def _model(policy: Policy, parts: Parts) -> CausalLM:
     """What is to be saved of an agent's policy: itself, or the model that it is made from."""
     return policy if isinstance(policy, CausalLM) else parts.policy
 
 
 def _keep_best(run: Run, row: dict[str, Any], beta: float, model: CausalLM) -> None:
-    """Keep `model` if no evaluation before it came to a higher score − β·KL; gold has no say in it."""
+    """Keep `model` if no evaluation before it came to a higher score − β·KL − penalties; gold has no say in it."""
     objective = row["eval_score"] - beta * row.get("eval_kl", row.get("eval_kl_bound", 0.0))
+    objective -= row.get("eval_penalty", 0.0)
     if run.best.is_dir() and read_json(run.best / "metrics.json")["objective"] >= objective:
         return
     measured = {name: value for name, value in row.items() if name == "update" or name.startswith("eval_")}
@@ -156,19 +190,22 @@ def _train(
     else:
         rows = _fit(agent, data, config.updates, spent.updates)
 
-    def prompt(row: int) -> str | None:
+    def prompt(row: int) -> str:
         return _prompt(agent, data, parts, config.seed, spent, row)
 
-    for metrics in _naming_prompts(rows, prompt):
-        row = finish_row(dict(metrics), agent.policy)
+    named = _SAMPLED_EPISODE if config.agent in _CHOOSING else _EPISODE
+    for metrics in _naming_prompts(rows, prompt, named, "batch" if data is None else "data"):
+        row = finish_row(dict(metrics), lambda: agent.policy)
         spent = Spent(row["update"], row["episodes"], row["tokens"], row["queries"])
-        if config.checkpoint_every and spent.updates % config.checkpoint_every == 0:
-            _save(run, agent, parts, spent)
-            saved = spent.updates
         try:
+            if config.checkpoint_every and spent.updates % config.checkpoint_every == 0:
+                _save(run, agent, parts, spent)
+                saved = spent.updates
             if on_update is not None:
                 on_update(row)
-        except Interrupted:
+        except InterruptedAgain:
+            raise
+        except Interrupted:  # which nothing but a second signal follows: there is time to save
             if saved != spent.updates:
                 _save(run, agent, parts, spent)
             raise
@@ -186,25 +223,22 @@ def _fit(agent: OfflineAgent, data: Pairs | Rollout, updates: int | None, start:
 
 
 def _naming_prompts(
-    rows: Iterator[dict[str, float]], prompt: Callable[[int], str | None]
+    rows: Iterator[dict[str, float]], prompt: Callable[[int], str], pattern: str, whole: str
 ) -> Iterator[dict[str, float]]:
-    """The same rows; an error about one episode of a batch says what its prompt was."""
+    """The same rows; an error about one episode, as `pattern` finds it, of the `whole` says what its prompt was."""
     try:
         yield from rows
     except NonFiniteError as error:
-        named = re.search(r"(?:episodes?|prompt) (\d+)", str(error))
-        text = None if named is None else prompt(int(named[1]))
-        if named is None or text is None:
-            raise
-        raise NonFiniteError(f'{error}; episode {named[1]} was asked "{safe_text(text[:80])}"') from error
+        message = str(error).replace(" of the batch", f" of the {whole}")
+        if named := re.search(pattern, message):
+            message += f'; episode {named[1]} was asked "{safe_text(prompt(int(named[1]))[:80])}"'
+        raise NonFiniteError(message) from error
 
 
-def _prompt(agent: Any, data: Pairs | Rollout | None, parts: Parts, seed: int, spent: Spent, row: int) -> str | None:
-    """The prompt of this row of the data, or of the batch that comes after what was `spent`, where it is known."""
+def _prompt(agent: Any, data: Pairs | Rollout | None, parts: Parts, seed: int, spent: Spent, row: int) -> str:
+    """The prompt of this row of the data, or of the policy's own responses that come after what was `spent`."""
     task = parts.envs.task
     if data is None:
-        if hasattr(agent, "rollouts"):  # whose rows may answer each prompt as often as it likes
-            return None
         size = getattr(agent, "group_size", None) or task.group_size
         return task.prompts_at(seed, spent.episodes + row, 1, size)[0][0]
     rollout = data.first if isinstance(data, Pairs) else data

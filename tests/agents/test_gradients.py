@@ -18,7 +18,8 @@ from rlhf_env.agents.rejection_sampling import RejectionSampling, RejectionSampl
 from rlhf_env.agents.remax import ReMax, ReMaxConfig
 from rlhf_env.agents.rloo import RLOO, RLOOConfig
 from rlhf_env.agents.soft_q import SoftQ, SoftQConfig
-from rlhf_env.functional import kl_k1, kl_k2, kl_k3
+from rlhf_env.functional import gather_logp, kl_k1, kl_k2, kl_k3
+from rlhf_env.types import Rollout, SamplingLaw
 from rlhf_env.worlds.enumerable import EnumerableWorld, best_of_n_log_probs
 from tests.agents.gradients import (
     STILL,
@@ -31,6 +32,7 @@ from tests.agents.gradients import (
     moved,
 )
 from tests.agents.pairs import TablePolicy, float64_world
+from tests.builders import EOS, random_model
 
 ONE_STEP = {**STILL, "epochs": 1, "minibatches": 1}
 
@@ -261,3 +263,24 @@ def test_soft_q_targets_by_hand():
     y1 = 0.1 + 0.7 + 0.5 * (1.0 - q2)
     agent = SoftQ(policy, SoftQConfig(**STILL, batch_size=1, epochs=1, minibatches=1, lam=0.5))
     assert agent.update(rollout)["q_loss"] == pytest.approx(((q1 - y1) ** 2 + (q2 - y2) ** 2) / 4)
+
+
+def test_where_lengths_differ_a_mean_over_tokens_is_exact_only_in_a_large_batch():
+    """Responses E, aE, aaE and aaa: a sum divided by the batch's own tokens is a ratio, biased by O(1/B)."""
+    policy = random_model(dtype="float64", seed=1)
+    law = SamplingLaw(11, EOS, banned_tokens=tuple(range(1, 9)) + (10,))
+    rollout = Rollout.of_tokens([[0]] * 4, [[EOS], [0, EOS], [0, 0, EOS], [0, 0, 0]], law)
+    log_probs = gather_logp(policy.response_log_probs(rollout)[0], rollout.response_ids)
+    probability = torch.where(rollout.response_mask, log_probs, 0.0).sum(1).exp()
+    assert probability.sum().item() == pytest.approx(1)
+    score = -rollout.lengths.double()
+    reward = torch.zeros_like(log_probs).detach()
+    reward[torch.arange(4), rollout.lengths - 1] = score
+    numbers = {"logp": log_probs.detach(), "ref_logp": log_probs.detach(), "values": torch.zeros_like(reward)}
+    rollout = dataclasses.replace(rollout, score=score, reward=reward, **numbers)
+    wanted, p = gradient_of((probability * score).sum(), policy), probability.detach()
+    pairs = Reinforce(policy, ReinforceConfig(**STILL, batch_size=2))
+    of_two = cosine(mean_gradient(pairs, groups(rollout, p, 2)), wanted)
+    large = Reinforce(policy, ReinforceConfig(**STILL, batch_size=4096))
+    of_many = cosine(mean_gradient(large, [((rollout[copies(p, 4096)],), 1.0)]), wanted)
+    assert of_two < 0.9999 and of_many > 0.99999

@@ -222,3 +222,18 @@ def test_a_log_that_is_not_finite_is_refused_by_name():
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ConfigError, match=f"ILQL needs {next(iter(settings))}"):
         ILQLConfig(**settings)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_the_extracted_policy_is_the_stated_one_at_any_temperature(temperature):
+    """log π = log π_log + perturbation · (Q − V), normalised: under the law that divides logits by its temperature."""
+    rollout = sampled()
+    rollout = dataclasses.replace(rollout, law=dataclasses.replace(rollout.law, temperature=temperature))
+    agent = taught(random_model(dtype="float64", seed=1), perturbation=2.5, learning_rate=0.0, target_rate=0.0)
+    next(agent.fit(rollout))
+    with torch.no_grad():
+        log_probs = agent.model.response_log_probs(rollout)[0]
+        _, hidden = agent.model.read(rollout.input_ids, rollout.attention_mask, keep=log_probs.shape[1] + 1)
+        q = sum(head(hidden[:, :-1]) for head in agent.targets) / 2
+        found = agent.policy.response_log_probs(rollout)[0]
+    torch.testing.assert_close(found, (log_probs + 2.5 * q).log_softmax(-1), atol=1e-9, rtol=0)

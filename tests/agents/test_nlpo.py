@@ -123,3 +123,16 @@ def test_the_values_are_the_policys():
     plain = dataclasses.replace(rollout, values=agent.policy.own.evaluate(rollout)[1].detach())
     m = rollout.response_mask
     torch.testing.assert_close(rollout.values[m], plain.values[m], atol=1e-9, rtol=0)
+
+
+def test_demonstrations_and_a_mask_do_not_go_together():
+    with pytest.raises(ConfigError, match="NLPO has no ptx"):
+        NLPOConfig(ptx="texts.jsonl")
+
+
+def test_a_model_in_half_precision_keeps_what_it_sampled():
+    """The cache's nucleus and the teacher-forced one differ by more there: at learning rate 0, sampled is allowed."""
+    policy = random_model(dtype="bfloat16", seed=1)
+    agent = NLPO(policy, NLPOConfig(learning_rate=0.0, batch_size=64, epochs=1, mask_top_p=0.8))
+    rollout = collect(agent.policy, make_envs(16, reference=None, beta=0.0), episodes=64)
+    assert torch.isfinite(agent.policy.evaluate(rollout)[0][rollout.response_mask]).all()

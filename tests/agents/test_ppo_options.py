@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from rlhf_env.agents.ppo import PPO, PPOConfig
+from rlhf_env.errors import ConfigError
 from rlhf_env.models.causal_lm import CausalLM
-from rlhf_env.models.sft import EncodedDemonstration
+from rlhf_env.models.sft import EncodedDemonstration, read_demonstrations
 from rlhf_env.types import Rollout
 from tests.agents.gradients import (
     STILL,
@@ -22,7 +24,7 @@ from tests.agents.gradients import (
     read,
     sampled,
 )
-from tests.builders import random_model
+from tests.builders import make_envs, random_model
 from tests.tiny_files import write_rows
 
 ONE_STEP: dict[str, Any] = {**STILL, "batch_size": 6, "epochs": 1, "minibatches": 1}
@@ -178,7 +180,7 @@ def nll(policy: CausalLM, prompt: list[int], response: list[int]) -> torch.Tenso
 def test_demonstrations_add_their_likelihood(warmup, tmp_path):
     """One demonstration in the file, so every episode brings this one: `abcde` and EOS, of which `cde` is the response.
 
-    It counts while the critic warms up too.
+    While the critic warms up it waits.
     """
     file, rollout = demonstrations(tmp_path, "abcde"), sampled()
     plain, ptx = (
@@ -189,8 +191,9 @@ def test_demonstrations_add_their_likelihood(warmup, tmp_path):
     written = float64_policy()
     loss = nll(written, [0, 1], [2, 3, 4, 9]) / 4
     added = gradient(ptx.policy) - gradient(plain.policy)
-    torch.testing.assert_close(added, 0.4 * gradient_of(loss, written), atol=1e-9, rtol=1e-7)
-    assert metrics["ptx_loss"] == pytest.approx(loss.item())
+    coefficient = 0.0 if warmup else 0.4
+    torch.testing.assert_close(added, coefficient * gradient_of(loss, written), atol=1e-9, rtol=1e-7)
+    assert metrics.get("ptx_loss") == (None if warmup else pytest.approx(loss.item()))
     assert "ptx_loss" not in without
     assert all(metrics[name] == pytest.approx(without[name]) for name in ("policy_loss", "value_loss", "entropy"))
 
@@ -254,3 +257,23 @@ def test_the_entropy_bonus_goes_in_a_straight_line(progress, coefficient):
     assert metrics["entropy_coef"] == pytest.approx(coefficient)
     constant.update(rollout, progress)
     torch.testing.assert_close(gradient(scheduled.policy), gradient(constant.policy), atol=1e-12, rtol=1e-9)
+
+
+def test_demonstrations_are_encoded_as_the_environment_encodes_prompts(tmp_path):
+    """Through the tokenizer's chat template, where it has one: an instruct model is not to learn another format."""
+    policy = random_model()
+    policy.tokenizer = copy.deepcopy(policy.tokenizer)
+    policy.tokenizer.chat_template = "{% for m in messages %}h{{ m.content }}g{% endfor %}"
+    (row,) = read_demonstrations(demonstrations(tmp_path, "abcde"), policy)
+    asked = make_envs(tokenizer=policy.tokenizer, reference=policy, prompts=["ab"]).task.prompt_ids[0]
+    assert row.ids[: row.learned_from] == asked and len(asked) > 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"learning_rate": float("nan")}, {"max_grad_norm": -1.0}, {"value_coef": -1.0}, {"value_clip": -0.1},
+     {"entropy_coef": float("nan")}, {"final_entropy_coef": -5.0}, {"max_update_kl": -1.0}, {"adam_eps": 0.0}],
+)  # fmt: skip
+def test_settings_that_would_turn_learning_round_are_refused(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        PPO(random_model(), PPOConfig(**settings))

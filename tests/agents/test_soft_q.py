@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 
-from rlhf_env.agents.soft_q import SoftQ, SoftQConfig
+from rlhf_env.agents.soft_q import HeatedPolicy, SoftQ, SoftQConfig
 from rlhf_env.errors import ConfigError
 from rlhf_env.training.collect import collect
 from rlhf_env.training.loop import next_rollouts, train
@@ -24,7 +25,7 @@ def numbered(number: int):
 def test_an_update_is_the_method_written_out():
     """Targets are the slow network's, by a double sum over TD errors; the gradient is the policy's alone."""
     rollout, lam = sampled(kl_mode="reference"), 0.6
-    rollout = dataclasses.replace(rollout, beta=0.1 + 0.1 * rollout.score)
+    rollout = dataclasses.replace(rollout, beta=torch.full_like(rollout.score, 0.35))
     policy, written, slow = float64_policy(), float64_policy(), float64_policy(seed=4)
     agent = SoftQ(policy, SoftQConfig(**STILL, batch_size=6, epochs=1, minibatches=1, lam=lam, target_rate=0.0))
     agent.target.load_state_dict(slow.state_dict())
@@ -118,3 +119,17 @@ def test_rewards_that_hold_the_policys_own_log_probabilities_are_refused(kl_mode
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ConfigError, match=f"SoftQ needs {next(iter(settings))}"):
         SoftQConfig(**settings)
+
+
+@pytest.mark.parametrize("betas", [(0.0,), (0.3, 0.4)])
+def test_its_temperature_is_one_beta_above_0(betas):
+    """At β = 0 the policy would have no part in Q; in the memory two β would contradict each other."""
+    agent = SoftQ(random_model(seed=1), SoftQConfig(learning_rate=0.0, batch_size=4))
+    with pytest.raises(ConfigError, match="one β above 0 that stays"):
+        for beta in betas:
+            agent.update(dataclasses.replace(numbered(0), beta=torch.full((4,), beta)))
+
+
+def test_a_heated_policy_can_be_copied():
+    heated = HeatedPolicy(random_model(), 2.0)
+    assert copy.deepcopy(heated).heat == 2.0 and heated.tokenizer is heated.policy.tokenizer

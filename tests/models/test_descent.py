@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf_env.errors import NonFiniteError
+from rlhf_env.errors import ConfigError, NonFiniteError
 from rlhf_env.models.descent import Descent, mean_metrics, minibatches, passes, require_finite_logp
 
 X = torch.tensor([1.0, 2.0, 6.0, 3.0], dtype=torch.float64)
@@ -182,3 +182,28 @@ def test_means_over_steps_and_the_largest_of_what_is_called_so():
     steps = [{"loss": 1.0, "max_ratio": 2.0}, {"loss": 4.0, "max_ratio": 1.5}, {"loss": 1.0, "max_ratio": 1.0}]
     assert mean_metrics(steps) == {"loss": 2.0, "max_ratio": 2.0}
     assert mean_metrics([]) == {}
+
+
+def test_in_half_precision_small_steps_add_up():
+    """1,000 steps of 1e-5 are 1e-2: in bfloat16 itself 1 − 1e-5 is 1, so that none of them would be seen."""
+    w = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    descent = Descent([w], 1e-5, anneal=False, max_grad_norm=math.inf, adam_eps=1e-12)
+    descent.begin(0.0)
+    for _ in range(1000):
+        descent.step(lambda rows: (w.float().sum(), {}), torch.arange(1))
+    torch.testing.assert_close(w.float(), torch.full((3,), 1 - 1e-2), atol=4e-3, rtol=0)
+    saved, again = descent.state_dict(), nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    other = Descent([again], 1e-5)
+    other.load_state_dict(saved)
+    assert torch.equal(other.masters[0], descent.masters[0])
+
+
+def test_a_frozen_policy_has_nothing_to_learn_with():
+    with pytest.raises(ConfigError, match="the policy is frozen, as references are"):
+        Descent([nn.Parameter(torch.ones(1), requires_grad=False)], 0.1)
+
+
+@pytest.mark.parametrize("settings", [{"max_grad_norm": -1.0}, {"max_grad_norm": 0.0}, {"adam_eps": -1e-5}])
+def test_a_step_that_would_climb_the_loss_is_refused(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        Descent([parameter()], 0.1, **settings)

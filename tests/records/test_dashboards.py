@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlhf_env.errors import ConfigError
@@ -47,6 +48,12 @@ def test_tensorboard_forgets_what_a_resumed_run_forgets(tmp_path):
         show(row(2, 0.5))
     assert shown() == {"loss": {1: 4.0, 2: 0.5}}
     assert not any(b"secret" in file.read_bytes() for file in (tmp_path / "tensorboard").iterdir())
+
+
+def test_numbers_of_numpy_are_numbers(wandb: Any, tmp_path: Path):
+    with open_dashboards(("wandb",), tmp_path, {}) as show:
+        show({"update": 1, "a": np.float32(0.5), "b": np.int64(2), "c": np.bool_(True), "d": np.float64("nan")})
+    assert wandb.shown == [(1, {"a": 0.5, "b": 2})]
 
 
 @pytest.fixture

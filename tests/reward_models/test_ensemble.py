@@ -58,3 +58,13 @@ def test_training_sees_the_bonus_and_evaluation_does_not():
     assert (parts.envs.task.reward_model.bonus, parts.eval_envs.task.reward_model.bonus) == (0.5, 0)  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match="name them with commas"):
         assemble(dataclasses.replace(config, reward="vader"))
+
+
+class Process:
+    def score_tokens(self, prompts, responses):
+        return [[1.0] * len(r) for r in responses]
+
+
+def test_a_member_that_scores_tokens_is_refused():
+    with pytest.raises(ConfigError, match="score whole responses"):
+        Ensemble([long, Process()])

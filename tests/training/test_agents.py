@@ -5,7 +5,7 @@ import pytest
 from rlhf_env.agents.ppo import PPO, PPOConfig
 from rlhf_env.errors import ConfigError
 from rlhf_env.training.agents import AGENTS, agent_class, agent_config, agent_settings, check_agent, describe_agents
-from rlhf_env.training.config import TrainConfig
+from rlhf_env.training.config import EnvConfig, TrainConfig
 
 _MINE = """
 from dataclasses import dataclass
@@ -97,6 +97,11 @@ def test_your_own_class_is_an_agent(mine):
             "samples nothing, so queries cannot be its budget: give updates",
         ),
         ({"agent": "my_agents:Reader", "data": "x", "settings": {"rte": 1}}, "did you mean settings.rate"),
+        (
+            {"agent": "my_agents:Reader", "data": "x", "env": EnvConfig(target_kl=6.0)},
+            "samples nothing, so env.target_kl has no β to change: leave it out",
+        ),
+        ({"agent": "my_agents:Reader", "data": "x", "env": EnvConfig(final_beta=0.1)}, "env.final_beta has no β"),
         ({"agent": "sb3:PPO", "data": "x"}, "sb3:PPO learns from what it samples itself"),
         ({"agent": "sb3:PPo"}, "did you mean sb3:PPO"),
     ],

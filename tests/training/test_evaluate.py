@@ -151,6 +151,15 @@ def test_the_pieces_of_a_response_are_its_tokens_eos_included(measured, who):
     assert 0 < ends < 12
 
 
+def test_penalties_are_measured_where_there_are_any(measured):
+    found, rollouts, _ = measured
+    for prefix, rollout in (("", rollouts["policy"]), ("reference_", rollouts["reference"])):
+        penalty = 0.7 * float((~rollout.ended).float().mean())
+        assert found.metrics[f"{prefix}penalty"] == pytest.approx(penalty) and penalty > 0
+        assert found.metrics[f"{prefix}penalty_low"] < penalty < found.metrics[f"{prefix}penalty_high"]
+    assert "penalty" not in evaluate(random_model(), make_envs(4, reference=random_model()), ["abc"]).metrics
+
+
 @pytest.mark.parametrize("who", ["policy", "reference"])
 def test_the_rewards_of_the_tokens_add_up_to_score_less_kl_and_penalty(measured, who):
     found, rollouts, _ = measured

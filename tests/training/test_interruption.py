@@ -14,8 +14,9 @@ import yaml
 from rlhf_env.records.checkpoint import latest_checkpoint, load_checkpoint
 from rlhf_env.records.config import to_dict
 from rlhf_env.records.run import Run
+from rlhf_env.training import run
 from rlhf_env.training.config import TrainConfig
-from rlhf_env.training.interruption import Interrupted, exit_code, postponed_signals
+from rlhf_env.training.interruption import Interrupted, InterruptedAgain, exit_code, postponed_signals
 from rlhf_env.training.run import run_training
 from tests.processes import signalled, slow_command, start
 from tests.tiny_training import left_by, tiny_training
@@ -66,6 +67,47 @@ def test_a_second_signal_ends_at_once():
     assert caught.value.signum == signal.SIGINT  # the first decided
 
 
+def test_whoever_asked_has_all_the_time_it_needs():
+    with pytest.raises(Interrupted), postponed_signals(grace=0.1) as raise_if_asked:
+        signal.raise_signal(signal.SIGTERM)
+        try:
+            raise_if_asked()
+        finally:
+            time.sleep(0.3)
+            cleaned_up = True
+    assert cleaned_up
+
+
+def test_and_so_has_who_was_given_up():
+    with pytest.raises(Interrupted), postponed_signals(grace=0.1):
+        signal.raise_signal(signal.SIGTERM)
+        try:
+            time.sleep(10)
+        except Interrupted:
+            time.sleep(0.8)  # longer than between two attempts
+            cleaned_up = True
+            raise
+    assert cleaned_up
+
+
+def test_a_second_signal_ends_that_too():
+    with pytest.raises(InterruptedAgain), postponed_signals() as raise_if_asked:
+        signal.raise_signal(signal.SIGTERM)
+        try:
+            raise_if_asked()
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("never reached")
+
+
+def test_the_handler_of_alarms_is_put_back():
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(Interrupted), postponed_signals():
+        signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGALRM) is not before
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
 def test_outside_the_main_thread_nothing_changes():
     seen = []
 
@@ -91,6 +133,11 @@ PHASES = {
     "save": ("rlhf_env.training.run", "save_checkpoint", 1),  # after the third update
 }
 
+AFTERWARDS = {  # training is over
+    "last evaluation": ("rlhf_env.training.run", "evaluate", 5),
+    "report": ("rlhf_env.training.run", "write_report", 1),
+}
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> TrainConfig:
@@ -109,7 +156,7 @@ def interrupted(config: TrainConfig, folder: Path, phase: str, seconds: float, *
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
     marker, err = folder / "begun", folder / "err"
     words = ["train", "--config", str(folder / "config.yaml"), "--out", str(folder / "run")]
-    process = start(slow_command, PHASES[phase], seconds, marker, *words, err=err)
+    process = start(slow_command, {**PHASES, **AFTERWARDS}[phase], seconds, marker, *words, err=err)
     return signalled(process, marker, err, *signals)
 
 
@@ -131,6 +178,52 @@ def test_the_update_is_finished_and_kept(config, straight, phase, signum, tmp_pa
     assert len(Run(out).metrics) == after
     assert latest_checkpoint(out / "checkpoints") == out / "checkpoints" / f"step-0000000{after}"
     assert resumed(config, out) == left_by(straight)
+
+
+@pytest.mark.parametrize(("phase", "seconds"), [("last evaluation", 0.3), ("report", 60)])
+def test_a_run_that_is_finished_was_not_interrupted(config, straight, phase, seconds, tmp_path):
+    code, took, err = interrupted(config, tmp_path, phase, seconds, signal.SIGTERM)
+    assert code == 0 and took < 6 and "to continue" not in err
+    assert left_by(tmp_path / "run") == left_by(straight)
+    assert (tmp_path / "run/report.html").is_file()
+
+
+def test_what_was_learned_is_saved_however_long_that_takes(config, straight, tmp_path, monkeypatch):
+    def slowly(*args: Any, **kwargs: Any) -> Path:
+        time.sleep(0.5)
+        return save(*args, **kwargs)
+
+    def on_update(row: dict[str, Any]) -> None:
+        if row["update"] == update:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.1)
+        raise_if_asked()
+
+    save = run.save_checkpoint
+    monkeypatch.setattr(run, "save_checkpoint", slowly)
+    for update in (2, 3):  # one leaves no checkpoint otherwise
+        out = tmp_path / str(update)
+        with pytest.raises(Interrupted), postponed_signals(grace=0.3) as raise_if_asked:
+            run_training(config, out, on_update=on_update)
+        assert latest_checkpoint(out / "checkpoints") == out / f"checkpoints/step-0000000{update}"
+    assert resumed(config, out) == left_by(straight)
+
+
+def test_a_save_that_was_given_up_is_done_again(config, straight, tmp_path, monkeypatch):
+    def slowly(*args: Any, **kwargs: Any) -> Path:
+        calls.append(1)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.7)
+        return save(*args, **kwargs)
+
+    calls, save = [], run.save_checkpoint
+    monkeypatch.setattr(run, "save_checkpoint", slowly)
+    with pytest.raises(Interrupted), postponed_signals(grace=0.1):
+        run_training(config, tmp_path / "run")
+    assert latest_checkpoint(tmp_path / "run/checkpoints") == tmp_path / "run/checkpoints/step-00000003"
+    monkeypatch.undo()
+    assert resumed(config, tmp_path / "run") == left_by(straight)
 
 
 @pytest.mark.parametrize(

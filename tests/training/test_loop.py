@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf_env.agents.grpo import GRPO, GRPOConfig
+from rlhf_env.envs.beta import AdaptiveBeta
 from rlhf_env.errors import ConfigError
 from rlhf_env.training.loop import train
 from rlhf_env.types import Rollout
@@ -45,3 +47,29 @@ def test_a_budget_ends_with_the_update_that_reaches_it(budget, updates):
 def test_there_is_one_budget(budget):
     with pytest.raises(ConfigError, match="exactly one budget"):
         next(train(Idle(), make_envs(3), **budget))  # type: ignore[arg-type]
+
+
+class AlsoAsksTheReference(Idle):
+    """An agent that wants to see what the reference says, too."""
+
+    def rollouts(self, sample):
+        return sample(self.policy), sample("reference")
+
+    def update(self, rollout: Rollout, theirs: Rollout, progress: float = 0.0) -> dict[str, float]:
+        return {"their_kl": float(theirs.kl.mean())}
+
+
+def test_beta_is_steered_by_the_policys_kl_and_not_by_the_references_own():
+    """The policy is nats away from a target of 0.1, so β must rise, though the reference's KL to itself is 0."""
+    beta = AdaptiveBeta(initial=0.3, target=0.1, horizon=100)
+    rows = list(train(AlsoAsksTheReference(), make_envs(3, beta=beta), updates=10))  # type: ignore[arg-type]
+    assert rows[-1]["kl"] > 0.5 and abs(rows[-1]["their_kl"]) < 1e-4
+    assert rows[-1]["beta"] > rows[0]["beta"]
+    assert rows[-1]["queries"] == 2 * rows[-1]["episodes"]
+
+
+@pytest.mark.parametrize(("settings", "kl_mode"), [({"kl": "k3"}, "off"), ({}, "reference")])
+def test_rewards_of_another_kind_than_the_agent_learns_from_are_refused(settings, kl_mode):
+    agent = GRPO(random_model(seed=1), GRPOConfig(batch_size=8, group_size=4, **settings))
+    with pytest.raises(ConfigError, match=f"GRPO learns from rewards of kl_mode='reward', and .* is '{kl_mode}'"):
+        next(train(agent, make_envs(4, kl_mode=kl_mode), updates=1))

@@ -137,6 +137,11 @@ def test_sampled_responses_come_back_as_they_were(tmp_path):
             {"min_new_tokens": 2},
             'the reference could not have written "a" under the environment\'s law',
         ),
+        (
+            {"chosen": "agcc", "rejected": "cd"},
+            {"stop_strings": ("g",)},
+            "the environment would have ended this response earlier",
+        ),
         ({"chosen": "ab", "rejected": "xyz"}, {}, "the tokenizer cannot encode"),
         (
             {"prompt": "abcdefgh", "chosen": "ab", "rejected": "b"},

@@ -231,6 +231,30 @@ def test_what_is_wrong_before_training_leaves_no_folder(config, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"agent": "online_dpo", "env": EnvConfig(beta=0.0, max_new_tokens=8)},  # met in the first update
+        {"agent": "ppo", "settings": {"batch_size": 16}, "env": EnvConfig(max_new_tokens=8, group_size=3)},
+    ],
+)
+def test_what_is_refused_before_the_first_row_leaves_no_folder(config, wrong, tmp_path):
+    config = replace(config, settings={}, updates=1)
+    pytest.importorskip("tensorboard")
+    with pytest.raises(ConfigError):
+        run_training(replace(config, log_to=("tensorboard",), **wrong), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_refused_later_leaves_its_rows(config, tmp_path):
+    def refuse(row):
+        raise ConfigError("no more")
+
+    with pytest.raises(ConfigError, match="no more"):
+        run_training(config, tmp_path / "run", on_update=refuse)
+    assert len(Run.open(tmp_path / "run").metrics) == 1
+
+
 def test_one_prompt_is_used_for_both_and_the_card_says_so(config, tmp_path):
     prompts = tmp_path / "one.txt"
     prompts.write_text("the film is\n")
@@ -280,6 +304,15 @@ def test_the_best_evaluation_by_score_less_kl_keeps_its_model(config, tmp_path, 
     assert kept["objective"] == pytest.approx(2.9) and (kept["update"], kept["eval_kl"], kept["eval_gold"]) == (4, 1, 0)
     assert (best / "model/model.safetensors").read_bytes() == weights[4] != weights[8]
     CausalLM.from_pretrained(best / "model")
+
+
+def test_penalties_count_too(config, tmp_path):
+    env = EnvConfig(beta=0.1, max_new_tokens=8, length_penalty=0.5)
+    run_training(replace(config, updates=1, eval_every=1, env=env), tmp_path / "run")
+    kept = json.loads((tmp_path / "run/best/metrics.json").read_text())
+    assert kept["eval_penalty"] == pytest.approx(0.5 * kept["eval_length"])
+    objective = kept["eval_score"] - 0.1 * kept["eval_kl"] - kept["eval_penalty"]
+    assert kept["objective"] == pytest.approx(objective)
 
 
 def test_without_evaluations_on_the_way_there_is_no_best(config, tmp_path):

@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
+from rlhf_env.agents.ilql import ILQL
 from rlhf_env.errors import ConfigError, DataError
 from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.records.config import to_dict
 from rlhf_env.records.run import Run
-from rlhf_env.training.config import PipelineConfig, TrainConfig
+from rlhf_env.training.config import EnvConfig, PipelineConfig, TrainConfig
 from rlhf_env.training.pipeline import plan, run_pipeline
 from rlhf_env.training.run import run_training
 from tests.tiny_files import write_rows
@@ -79,6 +82,41 @@ def test_what_it_was_given_decides(folder, tmp_path):
     assert any((a[key] != b[key]).any() for key in a)
 
 
+@pytest.mark.parametrize("agent", SOURCES)
+def test_held_out_means_from_the_data_too(folder, agent, tmp_path):
+    config = replace(tiny_training(folder, agent), updates=1, eval_every=0)
+    (tmp_path / "eval.txt").write_text("eh\n")
+    rows = [json.loads(line) for line in Path(str(config.data)).read_text().splitlines()]
+    for prompt, held_out in (("d", True), ("eh", False)):
+        data = write_rows(tmp_path / f"{prompt}.jsonl", *rows, rows[0] | {"prompt": prompt})
+        given = replace(config, data=data, eval_prompts=str(tmp_path / "eval.txt"))
+        assert run_training(given, tmp_path / prompt)["held_out"] is held_out
+        card = (tmp_path / prompt / "README.md").read_text(encoding="utf-8")
+        assert ("prompts that training never saw" in card) is held_out
+        assert ("prompts that training used too" in card) is not held_out
+
+
+def test_a_policy_is_made_only_where_it_is_measured(folder, tmp_path, monkeypatch):
+    def policy(self: ILQL) -> CausalLM:
+        made.append(self)
+        return real(self)
+
+    made, real = [], ILQL.policy.fget
+    monkeypatch.setattr(ILQL, "policy", property(policy))
+    run_training(replace(tiny_training(folder, "ilql"), updates=6, eval_every=3), tmp_path / "run")
+    assert len(made) == 3  # after updates 3 and 6, and at the end
+
+
+def test_a_beta_that_only_measures_is_said_to_do_so(command, folder, tmp_path):
+    for agent, said in (("dpo", 1), ("ppo", 0)):
+        config = replace(tiny_training(folder, agent), updates=1, eval_every=0)
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
+        words = ["train", "--config", tmp_path / "config.yaml", "--beta", 0.2, "--out", tmp_path / agent]
+        code, _, err = command(*words)
+        note = "note: dpo learns from data, and --beta only measures it; its own settings: rlhf-env agents dpo\n"
+        assert code == 0 and err.count(note) == said and err.count("note:") == said
+
+
 @pytest.mark.parametrize(
     ("agent", "change", "error", "message"),
     [
@@ -88,6 +126,7 @@ def test_what_it_was_given_decides(folder, tmp_path):
         ("dpo", {"updates": None, "tokens": 5}, ConfigError, "so tokens cannot be its budget: give updates"),
         ("kto", {"updates": None, "episodes": 5}, ConfigError, "so episodes cannot be its budget"),
         ("ilql", {"updates": None, "queries": 5}, ConfigError, "so queries cannot be its budget"),
+        ("dpo", {"env": EnvConfig(target_kl=1.0)}, ConfigError, "dpo samples nothing, so env.target_kl has no β"),
         ("dpo", {"data": "none.jsonl"}, DataError, "none.jsonl: No such file"),
     ],
 )
