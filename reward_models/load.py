@@ -28,7 +28,8 @@ def load_reward(spec: str, *, device: torch.device | str = "cpu") -> RewardModel
     if "," in spec and not Path(spec).exists():
         from rlhf_env.reward_models.ensemble import Ensemble
 
-        return Ensemble([load_reward(member.strip(), device=device) for member in spec.split(",")])
+        members = [load_reward(member.strip(), device=device) for member in spec.split(",")]
+        return Ensemble(members)  # type: ignore[return-value]  (its parts are a mapping, which is as good as an array)
     if spec == "vader":
         from rlhf_env.reward_models.vader import VaderReward
 

@@ -669,17 +669,38 @@ MUTATIONS = [
     Mutation(
         "gradients pile up",
         "rlhf_env/models/descent.py",
-        "self.optimizer.zero_grad(set_to_none=True)",
-        "pass",
+        "            p.grad = None\n",
+        "            pass\n",
         f"{DESCENT}::test_no_gradient_is_left_of_the_step_before",
         classic=True,
     ),
     Mutation(
         "gradients are measured and not clipped",
         "rlhf_env/models/descent.py",
-        "clip_grad_norm_(self.parameters, self.max_grad_norm)",
-        "clip_grad_norm_(self.parameters, torch.inf)",
+        "clip_grad_norm_(self.masters, self.max_grad_norm)",
+        "clip_grad_norm_(self.masters, torch.inf)",
         f"{DESCENT}::test_a_first_step_by_hand",
+    ),
+    Mutation(
+        "half precision: steps are taken in half precision",
+        "rlhf_env/models/descent.py",
+        "p.detach().float() if p.dtype in _HALF else p for p",
+        "p for p",
+        f"{DESCENT}::test_in_half_precision_small_steps_add_up",
+    ),
+    Mutation(
+        "β is steered by the reference's own samples",
+        "rlhf_env/training/collect.py",
+        "if not greedy and policy is not task.reference:",
+        "if not greedy:",
+        "tests/training/test_loop.py::test_beta_is_steered_by_the_policys_kl_and_not_by_the_references_own",
+    ),
+    Mutation(
+        "ILQL: its policy forgets the temperature",
+        "agents/ilql.py",
+        "self.temperature = log.law.temperature",
+        "pass",
+        "tests/agents/test_ilql.py::test_the_extracted_policy_is_the_stated_one_at_any_temperature",
     ),
     Mutation(
         "NaN in a rollout is learned from",
@@ -1256,7 +1277,7 @@ MUTATIONS = [
     Mutation(
         "soft Q: the target never follows",
         "agents/soft_q.py",
-        "slow.lerp_(fast, self.config.target_rate)",
+        "slow.lerp_(fast.to(slow.dtype), self.config.target_rate)",
         "pass",
         f"{SOFT_Q}::test_the_target_follows_after_every_gradient_step",
         classic=True,
@@ -1358,8 +1379,8 @@ MUTATIONS = [
     Mutation(
         "ILQL: the policy goes where less is worth",
         "agents/ilql.py",
-        "old.weight + self.config.perturbation",
-        "old.weight - self.config.perturbation",
+        "old.weight + self.temperature * self.config.perturbation",
+        "old.weight - self.temperature * self.config.perturbation",
         f"{ILQL}::test_the_extracted_policys_logits_are_the_models_plus_what_is_worth_more",
     ),
     Mutation(

@@ -23,6 +23,7 @@ import torch
 from study import AGENTS, Row, plot_beside_ppo, print_table, run_all
 
 from rlhf_env import TextGenerationVectorEnv, collect, train
+from rlhf_env.agents import NLPOConfig
 from rlhf_env.training.agents import agent_class, agent_config
 from rlhf_env.types import Pairs, Rollout
 from rlhf_env.worlds.enumerable import EnumerableWorld
@@ -51,7 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def run(tokens: int, agent: str, seed: int) -> Row:
     """One agent in one world: its gain, where it is, and its curve of gain over the part of the budget that is used."""
-    world = EnumerableWorld.make(seed, vocab_size=6, length=4)
+    world = make_world(seed)
     began = time.perf_counter()
     if agent == "best_of_n":  # known without sampling
         return {**place(world, world.best_of_n(BEST_OF)), "seconds": time.perf_counter() - began}
@@ -80,6 +81,10 @@ def run(tokens: int, agent: str, seed: int) -> Row:
     return {**place(world, log_probs), "curve": curve, "seconds": time.perf_counter() - began}
 
 
+def make_world(seed: int) -> EnumerableWorld:
+    return EnumerableWorld.make(seed, vocab_size=6, length=4)
+
+
 def place(world: EnumerableWorld, log_probs: torch.Tensor) -> Row:
     """Gain, gold and KL; the gold of the optimum of the same KL; and KL(policy ‖ best of n)."""
     kl, gold = float(world.kl(log_probs)), float(world.expected_gold(log_probs))
@@ -93,6 +98,20 @@ def place(world: EnumerableWorld, log_probs: torch.Tensor) -> Row:
         "of_frontier": gold / best,
         "to_bon": float(known.sum()),
     }
+
+
+def bound(world: EnumerableWorld, agent: str) -> float | None:
+    """The gain of what an agent aims at, where that is not π*: best of n, or the optimum within NLPO's first mask."""
+    if agent in ("best_of_n", "bon_distillation"):
+        return world.gain(world.best_of_n(BEST_OF))
+    if agent != "nlpo":
+        return None
+    responses = Rollout.of_tokens([[0]] * len(world.sequences), world.sequences.tolist(), world.law)
+    log_probs = world.reference.response_log_probs(responses)[0]
+    nucleus = replace(world.law, top_p=NLPOConfig().mask_top_p).candidates(log_probs)  # [N, T, V]
+    inside = (nucleus == world.sequences.unsqueeze(-1)).any(-1).all(1)
+    optimum = world.optimal_log_probs().masked_fill(~inside, -torch.inf)
+    return world.gain(optimum.log_softmax(0))
 
 
 def logged(world: EnumerableWorld, episodes: int, seed: int) -> Rollout:
@@ -120,7 +139,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = run_all(partial(run, args.tokens), args.agents, args.worlds, args.out, args.jobs)
-    columns = [("gain", "gain", ".1%"), ("gold", "gold", ".3f"), ("kl", "KL, nats", ".3f")]
+    for agent, found in rows.items():
+        for row in found:
+            row["bound"] = bound(make_world(row["seed"]), agent)
+    columns = [
+        ("gain", "gain", ".1%"),
+        ("bound", "gain of what it aims at", ".1%"),
+        ("gold", "gold", ".3f"),
+        ("kl", "KL, nats", ".3f"),
+    ]
     columns += [("of_frontier", "gold, of the frontier's at this KL", ".1%"), ("seconds", "seconds", ".0f")]
     print_table(rows, columns)
     if "bon_distillation" in rows:

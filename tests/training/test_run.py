@@ -232,16 +232,17 @@ def test_what_is_wrong_before_training_leaves_no_folder(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "message"),
     [
-        {"agent": "online_dpo", "env": EnvConfig(beta=0.0, max_new_tokens=8)},  # met in the first update
-        {"agent": "ppo", "settings": {"batch_size": 16}, "env": EnvConfig(max_new_tokens=8, group_size=3)},
+        ({"agent": "online_dpo", "env": EnvConfig(beta=0.0, max_new_tokens=8)}, "needs the environment's beta above 0"),
+        ({"agent": "nlpo", "env": EnvConfig(max_new_tokens=8, top_p=0.9)}, "NLPO's mask is a top-p of its own"),
+        ({"settings": {"batch_size": 16}, "env": EnvConfig(max_new_tokens=8, group_size=3)}, "not a multiple of group"),
     ],
 )
-def test_what_is_refused_before_the_first_row_leaves_no_folder(config, wrong, tmp_path):
+def test_what_is_refused_before_the_first_row_leaves_no_folder(config, wrong, message, tmp_path):
     config = replace(config, settings={}, updates=1)
     pytest.importorskip("tensorboard")
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=message):
         run_training(replace(config, log_to=("tensorboard",), **wrong), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
