@@ -235,7 +235,7 @@ def test_flattened_state_keeps_types_keys_and_order():
     assert torch.equal(back["a/b"], torch.zeros(1)) and torch.equal(back["a"]["b"], torch.ones(1))
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, {(1, 2): 3}, b"bytes"], ids=repr)
+@pytest.mark.parametrize("value", [object(), {1, 2}, {(1, 2): 3}, b"bytes"], ids=lambda value: type(value).__name__)
 def test_state_that_is_neither_tensor_nor_json_is_refused_with_its_place(value):
     with pytest.raises(DataError, match="state/agent/0"):
         flatten_state({"agent": [value]})
