@@ -621,7 +621,7 @@ def test_the_kl_of_best_of_n_is_that_of_many_unlikely_responses(n: int) -> None:
 def test_the_share_that_a_response_beats() -> None:
     """(1 + wins)/(2 + M), ties won; each prompt's own others."""
     scores, others = f64([2, 0, 9], [2, 0, 9]), f64([1, 2, 3, 4], [0, 0, 0, 0])
-    found, expected = log_win_share(scores, others), torch.tensor([[3 / 6, 1 / 6, 5 / 6], [5 / 6, 5 / 6, 5 / 6]])
+    found, expected = log_win_share(scores, others), f64([3 / 6, 1 / 6, 5 / 6], [5 / 6, 5 / 6, 5 / 6])
     torch.testing.assert_close(found.exp(), expected)
 
 
