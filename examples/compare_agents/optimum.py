@@ -29,6 +29,7 @@ from rlhf_env.types import Pairs, Rollout
 from rlhf_env.worlds.enumerable import EnumerableWorld
 
 BEST_OF = 8  # near the best n for β = ½
+VARIANTS = ("grpo (k3 unscaled)", "grpo (k2 unscaled)")  # what is it that moves the published form?
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": {"batch_size": 256, "epochs": 1, "value_coef": 0.5},
@@ -37,6 +38,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rloo": {"batch_size": 64, "group_size": 4},
     "grpo": {"batch_size": 256, "group_size": 8, "minibatches": 4},
     "grpo (published)": {"batch_size": 256, "group_size": 8, "minibatches": 4, "kl": "k3"},
+    **{
+        f"grpo ({kl} unscaled)": {"batch_size": 256, "group_size": 8, "minibatches": 4, "kl": kl, "scale": False}
+        for kl in ("k3", "k2")
+    },
     "remax": {"batch_size": 64},
     "nlpo": {"batch_size": 256, "epochs": 1, "value_coef": 0.5},
     "rejection_sampling": {"batch_size": 256, "group_size": 4},
@@ -132,7 +137,7 @@ def compared(log: Rollout, seed: int) -> Pairs:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--agents", nargs="+", default=AGENTS, choices=AGENTS)
+    parser.add_argument("--agents", nargs="+", default=AGENTS + VARIANTS, choices=AGENTS + VARIANTS)
     parser.add_argument("--worlds", type=int, nargs="+", default=list(range(10)), help="seeds of worlds and agents")
     parser.add_argument("--tokens", type=int, default=200_000, help="that each run samples, or has data of")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
