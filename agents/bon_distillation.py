@@ -55,9 +55,7 @@ class BonDistillation:
     ) -> None:
         self.policy, self.config = policy, config
         self.batch_size, self.group_size = config.batch_size, config.group_size
-        self.descent = Descent(
-            policy.parameters(), config.learning_rate, anneal=config.anneal, max_grad_norm=config.max_grad_norm
-        )
+        self.descent = Descent.of(policy.parameters(), config)
 
     def rollouts(self, sample: Sampler) -> tuple[Rollout, Rollout]:
         """The policy's responses, and many of the reference to the same prompts."""

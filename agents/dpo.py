@@ -48,13 +48,8 @@ class DPO:
 
     def __init__(self, policy: Policy, config: DPOConfig = DPOConfig(), *, seed: int = 0) -> None:  # noqa: B008 (frozen)
         self.policy, self.config, self.seed = policy, config, seed
-        self.descent = Descent(
-            policy.parameters(),
-            config.learning_rate,
-            anneal=config.anneal,
-            max_grad_norm=config.max_grad_norm,
-            adam_eps=1e-8,  # the gradient holds a factor β (1 − σ(β d)) and is small: more would slow Adam down
-        )
+        # The gradient holds a factor β (1 − σ(β d)) and is small: a larger ε would slow Adam down.
+        self.descent = Descent.of(policy.parameters(), config, adam_eps=1e-8)
 
     def fit(self, pairs: Pairs, *, updates: int | None = None, start: int = 0) -> Iterator[dict[str, float]]:
         """Learn from `pairs`, ties included, yielding metrics at every gradient step.

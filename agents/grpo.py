@@ -59,9 +59,7 @@ class GRPO:
         self.batch_size, self.group_size = config.batch_size, config.group_size
         if config.kl != "reward":
             self.kl_mode = "reward"  # the loss reads ref_logp, which "off" would not have
-        self.descent = Descent(
-            policy.parameters(), config.learning_rate, anneal=config.anneal, max_grad_norm=config.max_grad_norm
-        )
+        self.descent = Descent.of(policy.parameters(), config)
 
     def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, float]:
         """Improve the policy on its own groups of responses; returns metrics averaged over gradient steps."""

@@ -60,12 +60,7 @@ class ILQL:
         self.heads.to(device=policy.device, dtype=policy.dtype)
         self.targets = copy.deepcopy(self.heads).requires_grad_(False)
         self.temperature = 1.0  # of the law that the log is read under
-        self.descent = Descent(
-            [*policy.parameters(), *self.heads.parameters()],
-            config.learning_rate,
-            anneal=config.anneal,
-            max_grad_norm=config.max_grad_norm,
-        )
+        self.descent = Descent.of([*policy.parameters(), *self.heads.parameters()], config)
 
     def fit(self, log: Rollout, *, updates: int | None = None, start: int = 0) -> Iterator[dict[str, float]]:
         """Learn from logged responses, whose `reward` [B, T] holds what each token was worth, yielding metrics by step.

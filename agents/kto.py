@@ -56,13 +56,7 @@ class KTO:
     def __init__(self, policy: Policy, config: KTOConfig = KTOConfig(), *, seed: int = 0) -> None:  # noqa: B008 (frozen)
         self.policy, self.config, self.seed = policy, config, seed
         self.ref_mismatched: Tensor | None = None  # [2, B], the reference's log-probability of each mismatched response
-        self.descent = Descent(
-            policy.parameters(),
-            config.learning_rate,
-            anneal=config.anneal,
-            max_grad_norm=config.max_grad_norm,
-            adam_eps=1e-8,
-        )
+        self.descent = Descent.of(policy.parameters(), config, adam_eps=1e-8)
 
     def fit(self, pairs: Pairs, *, updates: int | None = None, start: int = 0) -> Iterator[dict[str, float]]:
         """Learn from `pairs` without the ties, yielding metrics at every gradient step.

@@ -55,13 +55,7 @@ class OnlineDPO:
     ) -> None:
         self.policy, self.config, self.seed = policy, config, seed
         self.batch_size, self.group_size = config.batch_size, config.group_size
-        self.descent = Descent(
-            policy.parameters(),
-            config.learning_rate,
-            anneal=config.anneal,
-            max_grad_norm=config.max_grad_norm,
-            adam_eps=1e-8,
-        )
+        self.descent = Descent.of(policy.parameters(), config, adam_eps=1e-8)
 
     def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, float]:
         """Learn from the best and the worst response of each group; returns metrics averaged over gradient steps."""

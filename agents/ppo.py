@@ -77,13 +77,7 @@ class PPO:
         self.critic = copy.deepcopy(policy) if config.value_network == "separate" else policy
         self.ptx = [] if config.ptx is None else read_demonstrations(config.ptx, policy)  # type: ignore[arg-type]
         trained = [*policy.parameters(), *(self.critic.parameters() if self.critic is not policy else [])]
-        self.descent = Descent(
-            trained,
-            config.learning_rate,
-            anneal=config.anneal,
-            max_grad_norm=config.max_grad_norm,
-            adam_eps=config.adam_eps,
-        )
+        self.descent = Descent.of(trained, config, adam_eps=config.adam_eps)
 
     def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, float]:
         """Improve the policy on its own episodes; returns metrics averaged over gradient steps."""

@@ -45,9 +45,7 @@ class Reinforce:
         seed: int = 0,
     ) -> None:
         self.policy, self.config, self.batch_size = policy, config, config.batch_size
-        self.descent = Descent(
-            policy.parameters(), config.learning_rate, anneal=config.anneal, max_grad_norm=config.max_grad_norm
-        )
+        self.descent = Descent.of(policy.parameters(), config)
 
     def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, float]:
         """One gradient step on the batch."""

@@ -49,9 +49,7 @@ class RejectionSampling:
     ) -> None:
         self.policy, self.config, self.seed = policy, config, seed
         self.batch_size, self.group_size = config.batch_size, config.group_size
-        self.descent = Descent(
-            policy.parameters(), config.learning_rate, anneal=config.anneal, max_grad_norm=config.max_grad_norm
-        )
+        self.descent = Descent.of(policy.parameters(), config)
 
     def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, float]:
         """Maximise the likelihood of the best response of each group."""

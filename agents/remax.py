@@ -33,9 +33,7 @@ class ReMax:
 
     def __init__(self, policy: Policy, config: ReMaxConfig = ReMaxConfig(), *, seed: int = 0) -> None:  # noqa: B008 (frozen)
         self.policy, self.config, self.batch_size = policy, config, config.batch_size
-        self.descent = Descent(
-            policy.parameters(), config.learning_rate, anneal=config.anneal, max_grad_norm=config.max_grad_norm
-        )
+        self.descent = Descent.of(policy.parameters(), config)
 
     def rollouts(self, sample: Sampler) -> tuple[Rollout, Rollout]:
         """Sampled responses, and the greedy one to each of their prompts."""

@@ -37,9 +37,7 @@ class RLOO:
     def __init__(self, policy: Policy, config: RLOOConfig = RLOOConfig(), *, seed: int = 0) -> None:  # noqa: B008 (frozen)
         self.policy, self.config = policy, config
         self.batch_size, self.group_size = config.batch_size, config.group_size
-        self.descent = Descent(
-            policy.parameters(), config.learning_rate, anneal=config.anneal, max_grad_norm=config.max_grad_norm
-        )
+        self.descent = Descent.of(policy.parameters(), config)
 
     def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, float]:
         """One gradient step on the batch."""

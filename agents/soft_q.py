@@ -59,9 +59,7 @@ class SoftQ:
             self.target.float()  # or small steps towards the policy would vanish
         self.replay: list[Rollout] = []
         self.progress = 0.0
-        self.descent = Descent(
-            policy.parameters(), config.learning_rate, anneal=config.anneal, max_grad_norm=config.max_grad_norm
-        )
+        self.descent = Descent.of(policy.parameters(), config)
 
     def rollouts(self, sample: Sampler) -> tuple[Rollout]:
         """Responses of the policy, at a higher temperature while it explores."""

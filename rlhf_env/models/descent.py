@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -17,6 +17,17 @@ _HALF = (torch.bfloat16, torch.float16)
 
 #: The loss of the rows with these numbers, a mean over whatever they weigh by, and metrics that are means likewise.
 LossOf = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+class StepSettings(Protocol):
+    """What the settings of every agent say of its steps."""
+
+    @property
+    def learning_rate(self) -> float: ...  # noqa: D102 (each config says it)
+    @property
+    def anneal(self) -> bool: ...  # noqa: D102
+    @property
+    def max_grad_norm(self) -> float: ...  # noqa: D102
 
 
 class Descent:
@@ -46,6 +57,12 @@ class Descent:
         self.optimizer = torch.optim.Adam(self.masters, lr=learning_rate, eps=adam_eps)
         self.learning_rate, self.anneal, self.max_grad_norm = learning_rate, anneal, max_grad_norm
         self.updates = 0  # begun so far
+
+    @classmethod
+    def of(cls, parameters: Iterable[nn.Parameter], config: StepSettings, *, adam_eps: float = 1e-5) -> Self:
+        """The descent that an agent's settings describe."""
+        rate, norm = config.learning_rate, config.max_grad_norm
+        return cls(parameters, rate, anneal=config.anneal, max_grad_norm=norm, adam_eps=adam_eps)
 
     def begin(self, progress: float) -> int:
         """Begin an update at this part of the budget, which decides its learning rate; returns its number, from 0."""
