@@ -8,6 +8,7 @@ Entries outside the mask may hold anything, NaN included: they never reach a res
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,38 @@ def gather_logp(log_probs: Tensor, tokens: Tensor) -> Tensor:
     return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
+def token_statistics(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each taken token and entropy in nats, from logits [..., V] at `tokens` [...] → [...], [...].
+
+    As `gather_logp` and `entropy` of the log-softmax, without that tensor: log p_a = x_a − log Σ_v exp x_v, and
+    H = log Σ_v exp x_v − Σ_v p_v x_v. What a gradient keeps is the logits alone.
+    """
+    return _TokenStatistics.apply(logits, tokens)  # type: ignore[return-value]
+
+
+class _TokenStatistics(torch.autograd.Function):
+    """With p = softmax(x): ∂ log p_a / ∂x_v = [v = a] − p_v, and ∂H / ∂x_v = −p_v (log p_v + H)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = logits.log_softmax(-1)
+        ctx.save_for_backward(logits, tokens)
+        ctx.set_materialize_grads(False)
+        return gather_logp(log_p, tokens), entropy(log_p)
+
+    @staticmethod
+    def backward(ctx: Any, to_logp: Tensor | None, to_entropy: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        logits, tokens = ctx.saved_tensors  # from which all else is made anew: so it can be differentiated again
+        p, gradient = logits.softmax(-1), None
+        if to_logp is not None:
+            gradient = (p * -to_logp.unsqueeze(-1)).scatter_add(-1, tokens.unsqueeze(-1), to_logp.unsqueeze(-1))
+        if to_entropy is not None:
+            log_p = logits.log_softmax(-1)
+            of_entropy = -p * (_finite(log_p) + entropy(log_p).unsqueeze(-1)) * to_entropy.unsqueeze(-1)
+            gradient = of_entropy if gradient is None else gradient + of_entropy
+        return gradient, None
+
+
 def restrict(log_probs: Tensor, candidates: Tensor) -> Tensor:
     """The distribution conditioned on being one of `candidates`: [..., V], int64 [..., K] → [..., V].
 
@@ -81,7 +114,11 @@ def restrict(log_probs: Tensor, candidates: Tensor) -> Tensor:
 
 def entropy(log_probs: Tensor) -> Tensor:
     """−Σ_v p_v log p_v in nats over the last axis: [..., V] → [...]; forbidden tokens (−∞) contribute 0."""
-    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
+    return -torch.linalg.vecdot(log_probs.exp(), _finite(log_probs))
+
+
+def _finite(log_probs: Tensor) -> Tensor:
+    return log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
 
 
 # --- KL divergence ---------------------------------------------------------------------------------
@@ -341,10 +378,11 @@ def inverse_cdf_sample(log_probs: Tensor, uniform: Tensor) -> Tensor:
     and no token of probability 0 is ever drawn.
     """
     cumulative = log_probs.exp().cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * cumulative[:, -1:], right=True).squeeze(-1)
-    # Rounding may carry the largest uniforms past the end: then the last token that has any probability is meant.
-    last = log_probs.shape[-1] - 1 - (log_probs > -torch.inf).flip(-1).to(torch.uint8).argmax(-1)
-    return torch.minimum(drawn, last)
+    total = cumulative[:, -1:]
+    # Rounding may carry the largest uniforms to the total: kept below it, they mean the last token that adds to it.
+    sought = torch.minimum(uniform.unsqueeze(-1) * total, total.nextafter(torch.zeros_like(total)))
+    drawn = torch.searchsorted(cumulative, sought, right=True).squeeze(-1)
+    return drawn.clamp(max=log_probs.shape[-1] - 1)  # a token also where NaN leaves none, for others to find it
 
 
 def best_of_n(scores: Tensor, n: int, values: Tensor | None = None) -> Tensor:

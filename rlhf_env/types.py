@@ -56,16 +56,21 @@ class SamplingLaw:
         `position` [...] is the index t of the token to be drawn. Computed in float32 whatever the model's dtype
         (float64 stays): bfloat16 log-probabilities are off by 0.03 nats.
         """
+        return self.logits(logits, position).log_softmax(-1)
+
+    def logits(self, logits: Tensor, position: Tensor) -> Tensor:
+        """The logits that `log_probs` normalises: divided by the temperature, −∞ where a token is forbidden."""
         logits = logits[..., : self.vocab_size]
         if logits.dtype != torch.float64:
             logits = logits.float()
-        logits = logits / self.temperature
+        if self.temperature != 1:
+            logits = logits / self.temperature
         if self.banned_tokens:
             logits = logits.index_fill(-1, torch.tensor(self.banned_tokens, device=logits.device), -torch.inf)
         if self.min_new_tokens and self.eos_token_id is not None:
-            eos = torch.arange(self.vocab_size, device=logits.device) == self.eos_token_id
-            logits = logits.masked_fill(eos & (position < self.min_new_tokens).unsqueeze(-1), -torch.inf)
-        return logits.log_softmax(-1)
+            ends = logits[..., self.eos_token_id].masked_fill(position < self.min_new_tokens, -torch.inf)
+            logits = logits.index_copy(-1, torch.tensor([self.eos_token_id], device=logits.device), ends.unsqueeze(-1))
+        return logits
 
     def allowed(self, position: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which actions the law allows at token index `position` [N]: bool [N, vocab_size]."""

@@ -119,6 +119,9 @@ def _said(folder: Path) -> str:
 
 def main(words: Sequence[str]) -> int:
     """Kill what the command line names: exit code 0, or 1 where a bug survives."""
+    if {"-h", "--help"} & {*words}:
+        print(__doc__)
+        return 0
     everything = list(words) == ["--all"]
     named = [m for m in MUTATIONS if everything or (any(w in m.bug for w in words) if words else m.classic)]
     began = time.perf_counter()

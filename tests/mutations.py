@@ -7,6 +7,7 @@ from dataclasses import dataclass
 FUNCTIONAL = "tests/test_functional.py"
 TYPES = "tests/test_types.py"
 DECODING = "tests/models/test_decoding.py"
+BLOCKS = "tests/models/test_blocks.py"
 CAUSAL_LM = "tests/models/test_causal_lm.py"
 MDP = "tests/envs/test_token_mdp.py"
 BINDING = "tests/envs/test_binding.py"
@@ -289,6 +290,71 @@ MUTATIONS = [
         'if getattr(model, "_is_stateful", False):',
         "if False:",
         f"{DECODING}::test_a_model_that_keeps_a_state_is_decoded_without_a_cache",
+    ),
+    # --- the transformer, block by block
+    Mutation(
+        "a decoded token sees beyond its row's end",
+        "rlhf_env/models/decoding.py",
+        "unseen = column > position.unsqueeze(1)",
+        "unseen = column > position.unsqueeze(1) + longest",
+        f"{BLOCKS}::test_rows_that_grow_restart_and_leave_are_decoded_alike",
+    ),
+    Mutation(
+        "a decoded token sees one token more than its window",
+        "rlhf_env/models/decoding.py",
+        "(column <= position.unsqueeze(1) - window)",
+        "(column < position.unsqueeze(1) - window)",
+        f"{BLOCKS}::test_rows_that_grow_restart_and_leave_are_decoded_alike",
+    ),
+    Mutation(
+        "a row that waits outgrows the context",
+        "rlhf_env/models/decoding.py",
+        "            self.length[idle] = 0",
+        "            pass",
+        f"{DECODING}::test_no_row_ever_stands_beyond_the_context",
+    ),
+    Mutation(
+        "queries are not rotated",
+        "rlhf_env/models/blocks.py",
+        "(rotate(q, rotation), rotate(k, rotation), v)",
+        "(q, rotate(k, rotation), v)",
+        f"{BLOCKS}::test_numbers_and_gradients_are_those_of_hugging_face",
+    ),
+    Mutation(
+        "the window is one token too wide",
+        "rlhf_env/models/blocks.py",
+        ".triu(1 - window)",
+        ".triu(-window)",
+        f"{BLOCKS}::test_numbers_and_gradients_are_those_of_hugging_face",
+    ),
+    Mutation(
+        "a token is scored by the state after it",
+        "rlhf_env/models/blocks.py",
+        "at = t + rollout.prompt_mask[rows].sum(1)[row] - 1",
+        "at = t + rollout.prompt_mask[rows].sum(1)[row]",
+        f"{BLOCKS}::test_numbers_and_gradients_are_those_of_hugging_face",
+        classic=True,
+    ),
+    Mutation(
+        "rows read in groups are put where they stand in the group",
+        "rlhf_env/models/blocks.py",
+        "rows[row], t))",
+        "row, t))",
+        f"{BLOCKS}::test_rows_read_in_groups_are_those_read_one_by_one",
+    ),
+    Mutation(
+        "hooks are passed over",
+        "rlhf_env/models/blocks.py",
+        "return None if any(_hooked(m)",
+        "return None if all(_hooked(m)",
+        f"{BLOCKS}::test_what_the_blocks_would_pass_over_is_left_to_hugging_face",
+    ),
+    Mutation(
+        "the gradient of the entropy has the wrong sign",
+        "rlhf_env/functional.py",
+        "of_entropy = -p * (_finite",
+        "of_entropy = p * (_finite",
+        f"{FUNCTIONAL}::test_token_statistics_by_hand",
     ),
     # --- the environment
     Mutation(
@@ -677,8 +743,8 @@ MUTATIONS = [
     Mutation(
         "gradients are measured and not clipped",
         "rlhf_env/models/descent.py",
-        "clip_grad_norm_(self.masters, self.max_grad_norm)",
-        "clip_grad_norm_(self.masters, torch.inf)",
+        "clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)",
+        "clip_grads_with_norm_(self.masters, torch.inf, norm)",
         f"{DESCENT}::test_a_first_step_by_hand",
     ),
     Mutation(

@@ -50,6 +50,7 @@ from rlhf_env.functional import (
     restrict,
     soft_value,
     token_rewards,
+    token_statistics,
     value_loss,
     whiten,
 )
@@ -158,6 +159,30 @@ def test_entropy_has_a_finite_gradient_where_tokens_are_forbidden() -> None:
     entropy(logits.log_softmax(-1)).sum().backward()
     # dH/dz_i = −p_i (log p_i + H); p = (3/4, 1/4): H + log p_0 = log(3)/4, so ±3/16 log 3.
     close(logits.grad, f64([-3 / 16 * math.log(3), 3 / 16 * math.log(3), 0]))
+
+
+def test_token_statistics_by_hand() -> None:
+    """Of x = log(3, 1, 0) + c, p = (3/4, 1/4, 0): H as above, and ∂ log p_a / ∂x_v = [v = a] − p_v."""
+    logits = (f64([math.log(3), 0, -math.inf], [math.log(3), 0, -math.inf]) + 5).requires_grad_()
+    logp, h = token_statistics(logits, torch.tensor([0, 1]))
+    close(logp, [math.log(3 / 4), math.log(1 / 4)])
+    close(h, [math.log(4) - 3 / 4 * math.log(3)] * 2)
+    logp.sum().backward(retain_graph=True)
+    close(logits.grad, f64([1 / 4, -1 / 4, 0], [-3 / 4, 3 / 4, 0]))
+    logits.grad = None
+    h.sum().backward()
+    close(logits.grad, f64([-3 / 16 * math.log(3), 3 / 16 * math.log(3), 0]).expand(2, -1))
+
+
+def test_token_statistics_can_be_differentiated_twice() -> None:
+    """As TRPO does. What autograd finds by finite differences is the oracle."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, dtype=torch.float64, generator=draw, requires_grad=True)
+    tokens = torch.tensor([0, 4, 2])
+    for part in (0, 1):
+        assert torch.autograd.gradcheck(lambda x, part=part: token_statistics(x, tokens)[part], logits)
+        assert torch.autograd.gradgradcheck(lambda x, part=part: token_statistics(x, tokens)[part], logits)
+    assert torch.autograd.gradgradcheck(lambda x: token_statistics(x, tokens), logits)
 
 
 # --- KL divergence: π = (1/2, 1/4, 1/4), ref = (1/4, 1/4, 1/2) --------------------------------------

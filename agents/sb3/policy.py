@@ -17,7 +17,7 @@ from rlhf_env.agents.sb3.buffer import EpisodeStates
 from rlhf_env.agents.sb3.contexts import SeenContexts
 from rlhf_env.agents.sb3.spaces import require_token_space
 from rlhf_env.errors import ConfigError, TokenizerError
-from rlhf_env.functional import entropy, gather_logp, inverse_cdf_sample, restrict
+from rlhf_env.functional import gather_logp, inverse_cdf_sample, restrict, token_statistics
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.observation import require_observation
 from rlhf_env.models.reading import left_padded
@@ -87,7 +87,8 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         self, obs: dict[str, Tensor], deterministic: bool = False, action_masks: Masks = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sample one token for each row: actions [N], values [N, 1], log-probabilities [N]."""
-        log_probs, values = self._read(obs, action_masks)
+        logits, values = self._read(obs, action_masks)
+        log_probs = logits.log_softmax(-1)
         if deterministic:
             actions = log_probs.argmax(-1)
         else:
@@ -102,12 +103,13 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         States are rows of observations, or the `EpisodeStates` of an `EpisodeRolloutBuffer`, where one pass of the
         model serves a whole episode.
         """
-        log_probs, values = self._read(obs, action_masks)
-        return values.unsqueeze(1), gather_logp(log_probs, actions.long().flatten()), entropy(log_probs)
+        logits, values = self._read(obs, action_masks)
+        logp, entropy = token_statistics(logits, actions.long().flatten())
+        return values.unsqueeze(1), logp, entropy
 
     def get_distribution(self, obs: dict[str, Tensor], action_masks: Masks = None) -> Distribution:  # type: ignore[override]
         """The next-token distribution of each state."""
-        log_probs, _ = self._read(obs, action_masks)
+        log_probs = self._read(obs, action_masks)[0].log_softmax(-1)
         return CategoricalDistribution(log_probs.shape[-1]).proba_distribution(log_probs.clamp(min=_NEVER))
 
     def predict_values(self, obs: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
@@ -128,15 +130,15 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         self._seen.forget()
 
     def _read(self, obs: dict[str, Tensor], action_masks: Masks) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [n, V] of the next token under the law and the masks, and values [n]."""
+        """Logits [n, V] of the next token under the law and the masks, −∞ where it cannot be, and values [n]."""
         logits, values = self._logits(obs)
-        log_probs = self.law.log_probs(logits, obs["response_mask"].long().sum(1))
+        logits = self.law.logits(logits, obs["response_mask"].long().sum(1))
         if self.law.truncates:
-            log_probs = restrict(log_probs, obs["candidates"].long())
+            logits = restrict(logits, obs["candidates"].long())
         if action_masks is not None:
-            allowed = torch.as_tensor(action_masks, device=log_probs.device).bool().reshape(log_probs.shape)
-            log_probs = _masked(log_probs, allowed)
-        return log_probs, values
+            allowed = torch.as_tensor(action_masks, device=logits.device).bool().reshape(logits.shape)
+            logits = _masked(logits, allowed)
+        return logits, values
 
     def _logits(self, obs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits [n, ≥ V] and values [n] in states that end rows, or that lie inside the episodes of `obs`."""
@@ -164,14 +166,13 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         return {**data, "model": self._model}
 
 
-def _masked(log_probs: Tensor, allowed: Tensor) -> Tensor:
-    """Distributions [n, V] conditioned on allowed tokens; where nothing possible is forbidden, bit for bit as is."""
-    possible = log_probs > -torch.inf
+def _masked(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Logits [n, V] of the allowed tokens, −∞ for others; where nothing possible is forbidden, bit for bit as is."""
+    possible = logits > -torch.inf
     if not (possible & allowed).any(1).all():
         row = int((~(possible & allowed).any(1)).nonzero()[0])
         raise ConfigError(
             f"the action mask of row {row} leaves no token that the environment's law allows: combine masks with "
             "the environment's action_masks()"
         )
-    narrowed = log_probs.masked_fill(~allowed, -torch.inf).log_softmax(-1)
-    return torch.where((possible & ~allowed).any(1, keepdim=True), narrowed, log_probs)
+    return logits.masked_fill(~allowed, -torch.inf)

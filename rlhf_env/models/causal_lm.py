@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PretrainedConfig
 
 from rlhf_env.errors import ConfigError, TokenizerError
-from rlhf_env.functional import entropy, gather_logp
+from rlhf_env.functional import token_statistics
 from rlhf_env.models.adapters import same_weights, without_adapters
-from rlhf_env.models.decoding import CachedDecoder, FullContextDecoder, keeps_only_keys_and_values
-from rlhf_env.models.reading import action_log_probs, response_log_probs
+from rlhf_env.models.blocks import Body
+from rlhf_env.models.decoding import BlockDecoder, CachedDecoder, FullContextDecoder, keeps_only_keys_and_values
+from rlhf_env.models.reading import action_log_probs, evaluate_states, response_log_probs
 from rlhf_env.text.codec import Codec
 from rlhf_env.types import Decoder, Rollout, SamplingLaw
 
@@ -191,6 +192,8 @@ class CausalLM(nn.Module):
         position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Raw logits [B, K, V] and last hidden states [B, K, H], which heads of one's own can read; as `forward`."""
+        if cache is None and position_ids is None and (body := self.body) is not None:
+            return self._flush_left(input_ids, attention_mask, keep, body)
         if cache is None and self._left_padding_leaks:
             return self._flush_left(input_ids, attention_mask, keep)
         if position_ids is None:
@@ -203,17 +206,30 @@ class CausalLM(nn.Module):
 
     def evaluate(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability, value and entropy at every response token, each [B, T], with gradient."""
+        if (body := self.body) is not None:
+            return evaluate_states(self.heads, *body.states_before(rollout), rollout)
         log_probs, values = self.response_log_probs(rollout)
-        return gather_logp(log_probs, rollout.response_ids), values, entropy(log_probs)
+        logp, entropy = token_statistics(log_probs, rollout.response_ids)
+        return logp, values, entropy
 
-    def decoder(self, num_rows: int, law: SamplingLaw, backend: Literal["auto", "cached", "full"] = "auto") -> Decoder:
+    def decoder(
+        self, num_rows: int, law: SamplingLaw, backend: Literal["auto", "blocks", "cached", "full"] = "auto"
+    ) -> Decoder:
         """A decoder of `num_rows` rows that grow and restart independently.
 
-        "cached" keeps keys and values, and raises `ConfigError` where the model has something else to keep; "full"
-        reads the whole context at every step; "auto" is the first that works.
+        "blocks" runs the transformer of the families that `Body.of` knows, and raises `ConfigError` for others;
+        "cached" is the model's own forward with its keys and values kept, and raises it where the model has something
+        else to keep; "full" reads the whole context at every step; "auto" is the first that works.
         """
-        if backend not in ("auto", "cached", "full"):
-            raise ConfigError(f"backend must be 'auto', 'cached' or 'full', got {backend!r}")
+        if backend not in ("auto", "blocks", "cached", "full"):
+            raise ConfigError(f"backend must be 'auto', 'blocks', 'cached' or 'full', got {backend!r}")
+        if backend in ("auto", "blocks") and self.body is not None:
+            return BlockDecoder(self, num_rows, law)
+        if backend == "blocks":
+            raise ConfigError(
+                f"{type(self.model).__name__} is not among the families that are decoded block by block, or its "
+                "attention is not 'sdpa', or it has hooks: decode it with backend='cached', as 'auto' does"
+            )
         if backend == "cached" and not self._attention_only:
             raise ConfigError(
                 f"{type(self.model).__name__} keeps something else than keys and values between tokens, so its rows "
@@ -240,6 +256,18 @@ class CausalLM(nn.Module):
         return action_log_probs(self, observation, actions, law, rows)
 
     @property
+    def body(self) -> Body | None:
+        """The transformer, block by block, where its family is known; None: the model's own forward has to do."""
+        return Body.of(self.model)
+
+    def heads(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw logits [..., V] and values [...] of last hidden states [..., D]."""
+        return self._logits(hidden), self.value_head(hidden.to(self.dtype)).squeeze(-1)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(hidden)  # type: ignore[operator]
+
+    @property
     def _left_padding_leaks(self) -> bool:
         """Whether padding before the first token would be seen: in a recurrent state, or as NaN."""
         return not self._attention_only or self._padding_is_nan
@@ -251,18 +279,25 @@ class CausalLM(nn.Module):
         config: Any = self.model.config
         return self.dtype == torch.float64 and config._attn_implementation == "eager"
 
-    def _flush_left(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    def _flush_left(
+        self, input_ids: Tensor, attention_mask: Tensor, keep: int, body: Body | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`read` with every row moved to the left, so that all padding comes after it, where no token looks."""
         length = input_ids.shape[1]
         column = torch.arange(length, device=input_ids.device)
         before = attention_mask.to(torch.uint8).argmax(1, keepdim=True)  # [B, 1] columns of padding on the left
         order = (column + before) % length
+        place = (column[-keep:] - before) % length  # [B, keep]
+        row = torch.arange(len(place), device=place.device).unsqueeze(1)
+        if body is not None:
+            width = int(attention_mask.sum(1).max())  # all padding aside, the longest row fits the context
+            hidden = body(input_ids.gather(1, order[:, :width]), lambda x: x[row, place.clamp(max=width - 1)])
+            return self._logits(hidden), hidden
         positions = (attention_mask.gather(1, order).long().cumsum(-1) - 1).clamp(min=0)
-        columns, place = ((column[-keep:] - before) % length).unique(return_inverse=True)  # place [B, keep]
+        columns, place = place.unique(return_inverse=True)
         # What no token looks at may as well look at them: a column that may look at nothing is NaN.
         everything = torch.ones_like(order)
         logits, hidden = self._run(input_ids.gather(1, order), everything, positions, columns)
-        row = torch.arange(len(place), device=place.device).unsqueeze(1)
         return logits[row, place], hidden[row, place]
 
     def _run(

@@ -1,4 +1,5 @@
-"""Next-token distributions in rows that grow, finish and restart on their own: with a key-value cache, or without."""
+"""Next-token distributions in rows that grow, finish and restart on their own: block by block, by the model's own
+forward with its key-value cache, or without one."""
 
 from __future__ import annotations
 
@@ -13,7 +14,11 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rlhf_env.models.blocks import Body
 from rlhf_env.types import SamplingLaw
+
+_HALF = (torch.bfloat16, torch.float16)
+_ROOM = 64  # columns for a response, to begin with
 
 
 class _Model(Protocol):
@@ -32,6 +37,18 @@ class _Model(Protocol):
         cache: Cache | None = None,
         position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
+
+
+class _BlockModel(Protocol):
+    """A causal model in blocks, with raw logits [n, V] and values [n] of last hidden states [n, D]."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def body(self) -> Body | None: ...
+    def heads(self, hidden: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class _Layer(Protocol):
@@ -145,6 +162,126 @@ class CachedDecoder:
             self.mask = self.mask[:, first:]
             for layer in _layers(self.cache):
                 layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+
+
+class BlockDecoder:
+    """Cached decoding of N rows through a model's `Body`, each of its own length and restartable while others go on.
+
+    Row i keeps the keys and values of its tokens in columns 0, 1, … of storage that is made in advance and doubled when
+    it is full, so nothing is moved when a row grows or restarts. Equal prompts that start together are read once.
+    """
+
+    def __init__(self, model: _BlockModel, num_rows: int, law: SamplingLaw) -> None:
+        self.model, self.law = model, law
+        self.storage: list[tuple[Tensor, Tensor]] = []  # keys and values of each block, [N · kv heads, columns, size]
+        self.length = torch.zeros(num_rows, dtype=torch.int64, device=model.device)  # [N] tokens so far
+        self.written = torch.zeros_like(self.length)  # [N] of them in the response
+        self.log_probs = torch.full((num_rows, law.vocab_size), torch.nan, dtype=model.dtype, device=model.device)
+        self.values = torch.zeros(num_rows, dtype=model.dtype, device=model.device)
+
+    @torch.no_grad()
+    def start(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Begin new sequences in `rows`; their next-token distributions are there at once."""
+        body, index = self._body, torch.as_tensor(rows, device=self.length.device)
+        number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        which = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=index.device)
+        width = max(map(len, number))
+        ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in number], device=index.device)
+        lengths = torch.tensor([len(prompt) for prompt in number], device=index.device)
+        self._reserve(width)
+        for layer, (keys, values, x) in enumerate(body.run(ids)):  # noqa: B007 (x of the last one is used)
+            if layer == len(self.storage):  # the first prompts this decoder sees
+                shape = (len(self.length) * keys.shape[1], width + _ROOM, keys.shape[3])
+                self.storage.append((keys.new_zeros(shape), values.new_zeros(shape)))
+            for kept, new in zip(self.storage[layer], (keys, values), strict=True):
+                self._by_row(kept)[index, :, :width] = new[which]
+        last = body.family.norm(x[torch.arange(len(number)), lengths - 1])  # type: ignore[reportPossiblyUnbound]
+        self.length[index], self.written[index] = lengths[which], 0
+        logits, values = self.model.heads(last)
+        self._read(index, logits[which], values[which])
+
+    @torch.no_grad()
+    def append(self, tokens: NDArray[np.int64], rows: Sequence[int]) -> None:
+        """Append `tokens[i]` to row `rows[i]`. Rows not named hold nothing until they are started again."""
+        everyone = len(rows) == len(self.length)
+        index = torch.as_tensor(rows, device=self.length.device)
+        ids = torch.zeros_like(self.length)
+        ids[index] = torch.as_tensor(tokens, device=index.device)
+        if not everyone:
+            idle = torch.ones_like(self.length, dtype=torch.bool)
+            idle[index] = False
+            self.length[idle] = 0  # an idle row sees one token only, and never needs more room
+        position = self.length.clone()
+        longest = int(position.max()) + 1
+        self._reserve(longest)
+        hidden = self._step(ids, position, longest)
+        self.length[index] += 1
+        self.written[index] += 1
+        logits, values = self.model.heads(hidden)
+        self._read(index, *((logits, values) if everyone else (logits[index], values[index])))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with only these rows, renumbered 0, 1, …; the others are forgotten."""
+        index = torch.as_tensor(rows, device=self.length.device)
+        self.storage = [
+            (self._by_row(keys)[index].flatten(0, 1), self._by_row(values)[index].flatten(0, 1))
+            for keys, values in self.storage
+        ]
+        for name in ("length", "written", "log_probs", "values"):
+            setattr(self, name, getattr(self, name)[index])
+
+    def _step(self, ids: Tensor, position: Tensor, longest: int) -> Tensor:
+        """Last hidden states [N, D] of one token in every row, at `position` [N] < `longest`."""
+        body = self._body
+        family, n, heads = body.family, len(ids), body.family.kv_heads
+        x = family.embed(ids, position)  # [N, D]
+        rotation = family.rotation(x, position)
+        row, column = torch.arange(n, device=ids.device), torch.arange(longest, device=ids.device)
+        nothing = x.new_empty(1, 1, 1)
+        unseen = column > position.unsqueeze(1)  # [N, columns]
+        ragged = bool(unseen.any())
+        for block, stored in zip(family.blocks, self.storage, strict=True):
+            q, *new = body.heads(block, x, rotation)  # [N, heads, size]
+            for kept, token in zip(stored, new, strict=True):
+                if ragged:
+                    self._by_row(kept)[row, :, position] = token
+                else:
+                    kept[:, longest - 1] = token.flatten(0, 1)
+            keys, values = (kept[:, :longest] for kept in stored)
+            q = q.reshape(n * heads, -1, q.shape[-1])  # queries that share keys are side by side
+            weight = torch.baddbmm(nothing, q, keys.transpose(1, 2), beta=0, alpha=family.scale(block))
+            hidden_from, window = unseen, family.window(block)
+            if window is not None and window < longest:
+                hidden_from = unseen | (column <= position.unsqueeze(1) - window)
+            if ragged or hidden_from is not unseen:
+                weight = weight.masked_fill(hidden_from.repeat_interleave(heads, 0).unsqueeze(1), -torch.inf)
+            weight = weight.float() if weight.dtype in _HALF else weight
+            attended = weight.softmax(-1).to(values.dtype) @ values
+            x = family.finish(block, x, attended.reshape(n, -1))
+        return family.norm(x)
+
+    def _read(self, index: Tensor, logits: Tensor, values: Tensor) -> None:
+        log_probs = self.law.log_probs(logits, self.written[index])
+        if len(index) == len(self.length) and bool((index[1:] > index[:-1]).all()):
+            self.log_probs, self.values = log_probs.to(self.log_probs.dtype), values
+        else:
+            self.log_probs[index], self.values[index] = log_probs.to(self.log_probs.dtype), values
+
+    def _reserve(self, columns: int) -> None:
+        if self.storage and (have := self.storage[0][0].shape[1]) < columns:
+            grow = (0, 0, 0, max(columns, 2 * have) - have)
+            self.storage = [(pad(keys, grow), pad(values, grow)) for keys, values in self.storage]
+
+    def _by_row(self, kept: Tensor) -> Tensor:
+        """Keys or values as [N, kv heads, columns, size], in the same storage."""
+        return kept.unflatten(0, (len(self.length), -1))
+
+    @property
+    def _body(self) -> Body:
+        # Not kept: a copy of this decoder is to find the blocks of the model's copy.
+        body = self.model.body
+        assert body is not None, "the model got hooks, or another attention, while it was being decoded"
+        return body
 
 
 class FullContextDecoder:

@@ -14,6 +14,7 @@ from rlhf_env.errors import ConfigError, NonFiniteError
 from rlhf_env.settings import BradleyTerryConfig, SFTConfig
 
 _HALF = (torch.bfloat16, torch.float16)
+_FUSED = ("cpu", "cuda")  # where Adam's step is one operation
 
 #: The loss of the rows with these numbers, a mean over whatever they weigh by, and metrics that are means likewise.
 LossOf = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -54,7 +55,8 @@ class Descent:
         if not self.parameters:
             raise ConfigError("no weight may change: the policy is frozen, as references are; train a copy that is not")
         self.masters = [p.detach().float() if p.dtype in _HALF else p for p in self.parameters]
-        self.optimizer = torch.optim.Adam(self.masters, lr=learning_rate, eps=adam_eps)
+        fused = all(p.device.type in _FUSED for p in self.masters)
+        self.optimizer = torch.optim.Adam(self.masters, lr=learning_rate, eps=adam_eps, fused=fused)
         self.learning_rate, self.anneal, self.max_grad_norm = learning_rate, anneal, max_grad_norm
         self.updates = 0  # begun so far
 
@@ -104,11 +106,13 @@ class Descent:
                 found[name] = max(found[name], value.item()) if is_max else found[name] + value.item() * share
         for master, p in zip(self.masters, self.parameters, strict=True):
             master.grad = None if p.grad is None else p.grad.to(master.dtype)
-        norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
+        norm = nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
         if not torch.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient of {_named(rows)} became non-finite in update {self.updates}; the step was not taken"
             )
+        if norm > self.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
         self.optimizer.step()
         with torch.no_grad():
             for master, p in zip(self.masters, self.parameters, strict=True):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rlhf_env.errors import ConfigError
-from rlhf_env.functional import gather_logp, restrict
+from rlhf_env.functional import gather_logp, restrict, token_statistics
 from rlhf_env.models.observation import require_observation
 from rlhf_env.types import Rollout, SamplingLaw
+
+_LOGITS = 2**24  # numbers: 64 MB in float32
 
 
 class _Model(Protocol):
@@ -31,6 +34,36 @@ def response_log_probs(model: _Model, rollout: Rollout) -> tuple[Tensor, Tensor]
     positions = torch.arange(t, device=logits.device).expand(len(rollout), t)
     log_probs = rollout.law.log_probs(logits[:, :-1], positions)
     return log_probs if rollout.candidates is None else restrict(log_probs, rollout.candidates), values[:, :-1]
+
+
+def evaluate_states(
+    heads: Callable[[Tensor], tuple[Tensor, Tensor]], hidden: Tensor, row: Tensor, t: Tensor, rollout: Rollout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability, value and entropy at every response token, each [B, T] and 0 in the padding.
+
+    `hidden` [M, D] is the last hidden state before token t [M] of episode `row` [M]. Never more than 64 MB of logits
+    are there at once: with a gradient, those of other parts are made again when it is their turn.
+    """
+    size = max(1, _LOGITS // rollout.law.vocab_size)
+    count = -(-len(row) // size)
+
+    def part(hidden: Tensor, row: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raw, values = heads(hidden)
+        logits = rollout.law.logits(raw, t)
+        if rollout.candidates is not None:
+            logits = restrict(logits, rollout.candidates[row, t])
+        logp, entropy = token_statistics(logits, rollout.response_ids[row, t])
+        return logp, values, entropy
+
+    def again(*args: Tensor) -> Any:
+        return checkpoint(part, *args, use_reentrant=False)
+
+    once = count == 1 or not torch.is_grad_enabled()
+    parts = [(part if once else again)(*each) for each in zip(*(x.split(size) for x in (hidden, row, t)), strict=True)]
+    found = parts[0] if count == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+    nowhere = hidden.new_zeros(rollout.response_ids.shape, dtype=found[0].dtype)
+    logp, values, entropy = (nowhere.to(x.dtype).index_put((row, t), x) for x in found)
+    return logp, values, entropy
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from rlhf_env.agents.sb3 import LMActorCriticPolicy, SB3VecEnv, attach_sb3
 from rlhf_env.agents.sb3.contexts import SeenContexts
 from rlhf_env.errors import ConfigError
 from rlhf_env.functional import gather_logp, restrict
-from rlhf_env.models.decoding import CachedDecoder
+from rlhf_env.models.decoding import BlockDecoder
 from tests.agents.sb3 import make_model, tensors
 from tests.builders import make_envs, random_model
 
@@ -72,15 +72,11 @@ def test_contexts_read_step_by_step_give_what_they_give_alone(law, dtype, tolera
             assert float(values[row]) == pytest.approx(value, abs=tolerance)
 
 
-def test_only_new_tokens_are_read(monkeypatch):
+def test_only_new_tokens_are_read():
     policy, columns = policy_of({}), []
-    forward = policy.lm._run
-
-    def counted(ids, *args, **kwargs):
-        columns.append(ids.shape[1])
-        return forward(ids, *args, **kwargs)
-
-    monkeypatch.setattr(policy.lm, "_run", counted)
+    policy.lm.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: columns.append(1 if args[0].dim() == 1 else args[0].shape[1])
+    )
     env = SB3VecEnv(make_envs(4, kl_mode="off", stop_at_eos=False))
     observation = env.reset()
     with torch.no_grad():
@@ -107,7 +103,7 @@ def test_the_same_context_gives_the_same_bits_however_many_rows_went_on():
 @pytest.mark.parametrize("part", ["start", "append"])
 def test_an_interrupted_reading_leaves_nothing_half_read(part, monkeypatch):
     policy, (first, second, *_) = policy_of({}), visited({"stop_at_eos": False})
-    whole = getattr(CachedDecoder, part)
+    whole = getattr(BlockDecoder, part)
 
     def interrupted(*args):
         whole(*args)
@@ -116,7 +112,7 @@ def test_an_interrupted_reading_leaves_nothing_half_read(part, monkeypatch):
     with torch.no_grad():
         if part == "append":
             policy.predict_values(tensors(first))
-        monkeypatch.setattr(CachedDecoder, part, interrupted)
+        monkeypatch.setattr(BlockDecoder, part, interrupted)
         with pytest.raises(KeyboardInterrupt):
             policy.predict_values(tensors(second))
         monkeypatch.undo()

@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode
 
 from rlhf_env.envs.binding import bind_policy
 from rlhf_env.errors import ConfigError, NonFiniteError, PromptTooLongError
-from rlhf_env.models.decoding import CachedDecoder, FullContextDecoder
+from rlhf_env.models.decoding import BlockDecoder, CachedDecoder, FullContextDecoder
 from rlhf_env.types import SamplingLaw
 from tests.builders import EOS, make_env, make_envs, random_model
 from tests.envs.playing import play
@@ -135,7 +135,7 @@ def test_deferred_nobody_asks_the_reference_before_the_end():
 
 
 def test_each_backend_is_the_decoder_it_is_called():
-    for backend, kind in (("cached", CachedDecoder), ("full", FullContextDecoder), ("auto", CachedDecoder)):
+    for backend, kind in (("cached", CachedDecoder), ("full", FullContextDecoder), ("auto", BlockDecoder)):
         env = make_env(reference_backend=backend, kl_mode="observe")
         env.reset(seed=0)
         assert isinstance(env.core._decoder, kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,24 +13,25 @@ import torch
 from rlhf_env.errors import ConfigError, NonFiniteError
 from rlhf_env.functional import inverse_cdf_sample
 from rlhf_env.models.causal_lm import CausalLM
-from rlhf_env.models.decoding import CachedDecoder, FullContextDecoder
+from rlhf_env.models.decoding import BlockDecoder, CachedDecoder, FullContextDecoder
 from rlhf_env.models.sampling import Samples, sample_responses
 from rlhf_env.text.tokenizers import char_tokenizer
-from rlhf_env.types import SamplingLaw
+from rlhf_env.types import Decoder, SamplingLaw
 from tests.builders import make_rollout, random_model
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 1, 2, 3, 4], [2, 2], [7, 1], [3], [6, 5, 4, 3, 2], [1]]
 
 
-class Uncached:
-    """A policy whose decoder is the oracle."""
+class With:
+    """A policy that is decoded by one backend; "full" is the oracle."""
 
-    def __init__(self, policy: CausalLM) -> None:
-        self.policy = policy
+    def __init__(self, policy: CausalLM, backend: Any) -> None:
+        self.policy, self.backend = policy, backend
 
-    def decoder(self, num_rows: int, law: SamplingLaw) -> FullContextDecoder:
-        decoder = self.policy.decoder(num_rows, law, backend="full")
-        assert isinstance(decoder, FullContextDecoder)
+    def decoder(self, num_rows: int, law: SamplingLaw) -> Decoder:
+        decoder = self.policy.decoder(num_rows, law, self.backend)
+        kinds = {"blocks": BlockDecoder, "cached": CachedDecoder, "full": FullContextDecoder}
+        assert type(decoder) is kinds[self.backend]
         return decoder
 
 
@@ -41,11 +43,12 @@ def sample(policy, prompts=PROMPTS, *, num_rows=3, max_new_tokens=12, law=None, 
     )
 
 
+@pytest.mark.parametrize("backend", ["blocks", "cached"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-10)])
-def test_cached_equals_uncached_through_refills(family, dtype, tolerance):
+def test_cached_equals_uncached_through_refills(family, dtype, tolerance, backend):
     policy = random_model(family, dtype=dtype)
-    cached, oracle = sample(policy), sample(Uncached(policy), num_rows=2)
+    cached, oracle = sample(With(policy, backend)), sample(With(policy, "full"), num_rows=2)
     assert torch.equal(cached.response_ids, oracle.response_ids)
     torch.testing.assert_close(cached.logp, oracle.logp, atol=tolerance, rtol=0)
     torch.testing.assert_close(cached.values, oracle.values, atol=tolerance, rtol=0)
@@ -85,16 +88,17 @@ def test_permuting_prompts_permutes_responses():
     assert torch.equal(straight.response_ids[order], shuffled.response_ids)
 
 
-def test_no_row_ever_stands_beyond_the_context():
+@pytest.mark.parametrize("backend", ["blocks", "cached"])
+def test_no_row_ever_stands_beyond_the_context(backend):
     """Neither one that fills the context exactly, beside refilled neighbours, nor one that waits to be restarted."""
     policy, positions = random_model("gpt2"), []
-    policy.model.register_forward_pre_hook(
-        lambda module, args, kwargs: positions.append(int(kwargs["position_ids"].max())), with_kwargs=True
+    policy.model.transformer.wpe.register_forward_pre_hook(  # type: ignore[union-attr]
+        lambda module, args: positions.append(int(args[0].max()))
     )
     prompts = [[1] * 60, [2] * 3, [3] * 58, [4], [5] * 60]  # of a context of 64
-    drawn = sample(policy, prompts, num_rows=2, max_new_tokens=4, law=SamplingLaw(11, None))
+    drawn = sample(With(policy, backend), prompts, num_rows=2, max_new_tokens=4, law=SamplingLaw(11, None))
     assert drawn.response_mask.all()
-    decoder = policy.decoder(2, SamplingLaw(11, None))
+    decoder = policy.decoder(2, SamplingLaw(11, None), backend)
     decoder.start([0, 1], [[1] * 64, [2]])
     for _ in range(10):
         decoder.append(np.array([3]), [1])
@@ -194,7 +198,7 @@ def family(name: str, dtype: str = "float32") -> CausalLM:
 @pytest.mark.parametrize("name", ["Mistral", "Qwen2", "Gemma3Text", "GPTNeoX", "Bloom"])
 def test_other_families_and_windows_shorter_than_the_sequence(name):
     policy = family(name)
-    cached, oracle = sample(policy, max_new_tokens=14), sample(Uncached(policy), max_new_tokens=14, num_rows=2)
+    cached, oracle = sample(policy, max_new_tokens=14), sample(With(policy, "full"), max_new_tokens=14, num_rows=2)
     assert torch.equal(cached.response_ids, oracle.response_ids)
     torch.testing.assert_close(cached.logp, oracle.logp, atol=1e-4, rtol=0)
     responses = [ids[mask].tolist() for ids, mask in zip(cached.response_ids, cached.response_mask, strict=True)]
@@ -261,14 +265,14 @@ def test_a_family_that_only_has_eager_attention_decodes_in_float64(name):
 
 
 def test_an_unknown_backend_is_named():
-    with pytest.raises(ConfigError, match="must be 'auto', 'cached' or 'full', got 'fast'"):
+    with pytest.raises(ConfigError, match="must be 'auto', 'blocks', 'cached' or 'full', got 'fast'"):
         random_model().decoder(1, SamplingLaw(11, 9), backend="fast")  # type: ignore[arg-type]
 
 
 def test_greedy_is_the_argmax_of_the_uncached_path():
     policy = random_model("llama", dtype="float64")
     greedy = sample(policy, greedy=True)
-    oracle = sample(Uncached(policy), greedy=True)
+    oracle = sample(With(policy, "full"), greedy=True)
     assert torch.equal(greedy.response_ids, oracle.response_ids)
 
 
@@ -297,6 +301,8 @@ def test_real_models_cached_equals_uncached(shared_data: Path, model):
     policy = CausalLM.from_pretrained(shared_data / "models" / model)
     law = SamplingLaw(len(policy.tokenizer), policy.tokenizer.eos_token_id)
     prompts = [[5, 6, 7], [300, 8], [9, 10, 11, 12, 13], [400]]
-    cached, oracle = (sample(p, prompts, law=law, num_rows=2, max_new_tokens=24) for p in (policy, Uncached(policy)))
+    cached, oracle = (
+        sample(p, prompts, law=law, num_rows=2, max_new_tokens=24) for p in (policy, With(policy, "full"))
+    )
     assert torch.equal(cached.response_ids, oracle.response_ids)
     torch.testing.assert_close(cached.logp, oracle.logp, atol=1e-4, rtol=0)

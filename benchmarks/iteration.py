@@ -1,0 +1,217 @@
+"""One iteration of PPO: ours, and Stable-Baselines3's through the bridge, beside a floor written by hand.
+
+    python benchmarks/iteration.py                     # models of 1 M and 6 M parameters, 32 responses of 32 tokens
+    python benchmarks/iteration.py --sizes 1M --tokens 16 64 128 256
+    python benchmarks/iteration.py --sizes 1M --batch 8 128 256
+    python benchmarks/iteration.py --memory            # the peak of each in a process of its own
+
+Prompts of 16 tokens, responses that all have the same number of tokens; a reference and a reward model of the policy's
+size; four passes in four minibatches. All in one thread; process time, medians of alternated rounds; ratios are taken
+within a round. `parts` is where ours takes its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from floor import Floor, Weights
+from stable_baselines3 import PPO as SB3PPO
+from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.logger import Logger
+from transformers import AutoModelForSequenceClassification
+
+from rlhf_env import TextGenerationVectorEnv, collect
+from rlhf_env.agents import PPO, PPOConfig
+from rlhf_env.agents.sb3 import EpisodeRolloutBuffer, LMActorCriticPolicy, SB3VecEnv, attach_sb3
+from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.models.tiny import tiny_config
+from rlhf_env.reward_models.classifier import ClassifierReward
+from rlhf_env.text.tokenizers import word_tokenizer
+from rlhf_env.training.loop import train
+
+PROMPT = 16
+SIZES = {"1M": (1000, 128, 4, 4), "6M": (5000, 256, 6, 8)}  # vocabulary, width, layers, heads
+PARTS = ("sampling", "reference", "reward model", "update")
+
+Iterate = Callable[[], object]
+
+
+class Work:
+    """Models, prompts and the contestants of one shape."""
+
+    def __init__(self, size: str, batch: int, tokens: int) -> None:
+        self.vocab, self.width, self.layers, self.heads = SIZES[size]
+        self.batch, self.tokens = batch, tokens
+        self.tokenizer = word_tokenizer(f"w{i}" for i in range(self.vocab - 4))
+        self.prompts = np.random.default_rng(0).integers(0, self.vocab - 4, (batch, PROMPT))
+        self.texts = [" ".join(f"w{i}" for i in row) for row in self.prompts.tolist()]
+
+    def config(self) -> Any:
+        positions = PROMPT + self.tokens
+        sizes = {"n_layer": self.layers, "n_embd": self.width, "n_head": self.heads, "n_positions": positions}
+        return tiny_config("gpt2", self.vocab, **sizes)
+
+    def lm(self) -> CausalLM:
+        return CausalLM.from_config(self.config(), self.tokenizer)
+
+    def reward(self) -> Any:
+        config = self.config()
+        config.num_labels, config.pad_token_id = 1, self.tokenizer.pad_token_id
+        torch.manual_seed(1)
+        return AutoModelForSequenceClassification.from_config(config).eval().requires_grad_(False)
+
+    def envs(self) -> TextGenerationVectorEnv:
+        return TextGenerationVectorEnv(
+            self.batch,
+            prompts=self.texts,
+            tokenizer=self.tokenizer,
+            reference=self.lm().requires_grad_(False),
+            reward_model=ClassifierReward.from_model(self.reward(), self.tokenizer),
+            max_new_tokens=self.tokens,
+            stop_at_eos=False,
+            beta=0.05,
+        )
+
+    def floor(self) -> Iterate:
+        policy, reference, reward = self.lm(), self.lm().requires_grad_(False), self.reward()
+        weights = [Weights.of(lm.model.transformer, lm.value_head) for lm in (policy, reference)]
+        floor = Floor(weights[0], weights[1], Weights.of(reward.transformer, reward.score), list(policy.parameters()))
+        prompts = torch.from_numpy(self.prompts)
+        return lambda: floor.iterate(prompts, self.tokens)
+
+    def ours(self) -> Iterate:
+        settings = PPOConfig(learning_rate=1e-4, batch_size=self.batch, epochs=4, minibatches=4)
+        rows = train(PPO(self.lm(), settings), self.envs(), updates=10**6)
+        return lambda: next(rows)
+
+    def sb3(self) -> Iterate:
+        transitions = self.batch * self.tokens
+        model = SB3PPO(
+            LMActorCriticPolicy,
+            SB3VecEnv(self.envs()),
+            gamma=1.0,
+            learning_rate=1e-4,
+            n_steps=self.tokens,
+            batch_size=transitions // 4,
+            n_epochs=4,
+            device="cpu",
+            policy_kwargs={"model": self.lm},
+            rollout_buffer_class=EpisodeRolloutBuffer,
+        )
+        attach_sb3(model)
+        model.set_logger(Logger(None, []))
+        model._setup_learn(transitions)
+        callback = CallbackList([])
+        callback.init_callback(model)
+
+        def iterate() -> None:
+            assert model.env is not None
+            model.collect_rollouts(model.env, callback, model.rollout_buffer, self.tokens)
+            model.train()
+
+        return iterate
+
+    def parts(self, rounds: int) -> dict[str, float]:
+        """Seconds that each part of ours takes, and `the rest`: texts, tensors, rewards, checks."""
+        from rlhf_env.training import collect as module
+
+        taken: dict[str, list[float]] = {name: [] for name in (*PARTS, "the rest")}
+
+        def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                began = time.process_time()
+                found = work(*args, **kwargs)
+                taken[name].append(time.process_time() - began)
+                return found
+
+            return wrapped
+
+        envs, policy = self.envs(), self.lm()
+        agent = PPO(policy, PPOConfig(learning_rate=1e-4, batch_size=self.batch))
+        reward: Any = envs.core.task.reward_model
+        reward.model.forward = timed("reward model", reward.model.forward)
+        whole = module.sample_responses, module.teacher_forced_logp
+        module.sample_responses = timed("sampling", whole[0])
+        module.teacher_forced_logp = timed("reference", whole[1])
+        update = timed("update", agent.update)
+        for _ in range(rounds):
+            began = time.process_time()
+            update(collect(policy, envs, episodes=self.batch))
+            known = sum(taken[name][-1] for name in PARTS)
+            taken["the rest"].append(time.process_time() - began - known)
+        module.sample_responses, module.teacher_forced_logp = whole
+        return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+CONTESTANTS: dict[str, Callable[[Work], Iterate]] = {
+    "floor": Work.floor,
+    "rlhf-env": Work.ours,
+    "SB3's PPO, bridge": Work.sb3,
+}
+
+
+def compare(work: Work, rounds: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of each contestant, and median of its ratio to the floor."""
+    contestants = {name: make(work) for name, make in CONTESTANTS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    gc.collect()
+    for number in range(rounds + 1):  # the first one warms up
+        for name, iterate in contestants.items():
+            began = time.process_time()
+            iterate()
+            if number:
+                seconds[name].append(time.process_time() - began)
+    floor = seconds["floor"]
+    return {
+        name: (statistics.median(taken), statistics.median(t / f for t, f in zip(taken, floor, strict=True)))
+        for name, taken in seconds.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--batch", type=int, nargs="+", default=[32])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory", action="store_true", help="peak memory of each, instead of time")
+    parser.add_argument("--only", choices=CONTESTANTS, help="run two iterations of one and print its peak memory")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    shapes = [(size, batch, tokens) for size in args.sizes for batch in args.batch for tokens in args.tokens]
+    if args.only:
+        iterate = CONTESTANTS[args.only](Work(*shapes[0]))
+        for _ in range(2):
+            iterate()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)  # KiB on Linux
+        return
+    columns = ["model", "responses", "tokens each", "", *(["peak memory, MB"] if args.memory else ["seconds", "ratio"])]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for size, batch, tokens in shapes:
+        place = f"| {size} | {batch} | {tokens} |"
+        if args.memory:
+            words = ("--sizes", size, "--batch", str(batch), "--tokens", str(tokens), "--only")
+            for name in CONTESTANTS:
+                done = subprocess.run([sys.executable, __file__, *words, name], check=True, capture_output=True)
+                print(f"{place} {name} | {int(done.stdout)} |", flush=True)
+            continue
+        work = Work(size, batch, tokens)
+        for name, (middle, ratio) in compare(work, args.rounds).items():
+            print(f"{place} {name} | {middle:.3f} | {ratio:.2f} |", flush=True)
+        parts = work.parts(args.rounds)
+        whole = sum(parts.values())
+        print(f"{place} parts | " + ", ".join(f"{name} {x / whole:.0%}" for name, x in parts.items()) + " | |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""A transformer run block by block says what Hugging Face's own forward says; where it would not, it does not run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_env.errors import ConfigError
+from rlhf_env.models import reading
+from rlhf_env.models.adapters import add_lora
+from rlhf_env.models.blocks import Body, buckets
+from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.models.decoding import BlockDecoder, CachedDecoder
+from rlhf_env.text.tokenizers import char_tokenizer
+from rlhf_env.types import Rollout, SamplingLaw
+from tests.builders import make_rollout, random_model
+
+SIZE = {"vocab_size": 11, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+GROUPED = {"intermediate_size": 48, "num_key_value_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "GPT2": {"n_positions": 128, "scale_attn_by_inverse_layer_idx": True},
+    "Llama": {**GROUPED, "attention_bias": True, "mlp_bias": True, "head_dim": 12},
+    "Mistral": {**GROUPED, "sliding_window": 4},
+    "Qwen2": {**GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+}
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10_000.0}
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 1, 2, 3, 4], [2, 2], [4]]
+RESPONSES = [[3, 9], [1, 2, 3, 4, 5, 6, 7, 0, 9], [9], [5, 5, 5, 9], [0, 1, 2]]
+
+
+class Plain(CausalLM):
+    """The oracle: the same weights, read by Hugging Face's forward and nothing else."""
+
+    body = None  # type: ignore[assignment]
+
+
+def model(name: str, dtype: str = "float64", **settings: Any) -> CausalLM:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**SIZE, **FAMILIES[name], **settings, initializer_range=0.3)
+    policy = CausalLM.from_config(config, char_tokenizer("abcdefgh"), dtype=dtype)
+    torch.nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(0))
+    assert Body.of(policy.model) is not None
+    return policy
+
+
+def plain(policy: CausalLM) -> CausalLM:
+    twin = Plain(policy.model, policy.tokenizer)
+    twin.value_head = policy.value_head
+    return twin
+
+
+def evaluated(policy: CausalLM, rollout: Rollout) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Log-probability, value and entropy of each token, and the gradient of a mixture of them by weight."""
+    policy.zero_grad()
+    found = [torch.where(rollout.response_mask, x, 0.0) for x in policy.evaluate(rollout)]
+    weights = torch.randn(found[0].shape, generator=torch.Generator().manual_seed(0), dtype=found[0].dtype)
+    sum((scale * x * weights).sum() for scale, x in zip((1, 2, 3), found, strict=True)).backward()  # type: ignore[union-attr]
+    return [x.detach() for x in found], {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+
+
+def require_same(first: Any, second: Any, tolerance: float) -> None:
+    torch.testing.assert_close(first, second, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-10)])
+def test_numbers_and_gradients_are_those_of_hugging_face(name, dtype, tolerance):
+    policy = model(name, dtype)
+    rollout = make_rollout(policy, PROMPTS, RESPONSES, left=2, right=3)
+    (ours, gradients), (theirs, expected) = evaluated(policy, rollout), evaluated(plain(policy), rollout)
+    require_same(ours, theirs, tolerance)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= tolerance * expected[name].norm()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_whole_distributions_are_those_of_hugging_face(name):
+    policy = model(name)
+    rollout = make_rollout(policy, PROMPTS, RESPONSES, left=1)
+    (ours, values), (theirs, theirs_values) = (p.response_log_probs(rollout) for p in (policy, plain(policy)))
+    mask = rollout.response_mask
+    require_same((ours[mask], values[mask]), (theirs[mask], theirs_values[mask]), 1e-10)
+
+
+def test_rotations_with_scaled_frequencies_are_those_of_hugging_face():
+    policy = model("Llama", rope_parameters={**ROPE, "original_max_position_embeddings": 16})
+    rollout = make_rollout(policy, PROMPTS, RESPONSES)
+    require_same(evaluated(policy, rollout), evaluated(plain(policy), rollout), 1e-10)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-10)])
+def test_rows_that_grow_restart_and_leave_are_decoded_alike(name, dtype, tolerance):
+    """Beyond the room that the storage begins with, with neighbours idle, restarted, and let go."""
+    policy, law = model(name, dtype), SamplingLaw(11, 9, temperature=0.7, min_new_tokens=2, banned_tokens=(8,))
+    decoders = [policy.decoder(4, law, backend=backend) for backend in ("blocks", "cached")]
+    assert [type(decoder) for decoder in decoders] == [BlockDecoder, CachedDecoder]
+    draw = np.random.default_rng(0)
+
+    def both(act: str, *args: Any, rows: list[int]) -> None:
+        for decoder in decoders:
+            getattr(decoder, act)(*args)
+        for name in ("log_probs", "values"):
+            require_same(*(getattr(decoder, name)[rows] for decoder in decoders), tolerance)
+
+    both("start", [0, 1, 2, 3], [[1, 2, 3], [4], [1, 2, 3], [5, 6]], rows=[0, 1, 2, 3])
+    for _ in range(70):
+        both("append", draw.integers(0, 8, 4), [0, 1, 2, 3], rows=[0, 1, 2, 3])
+    both("append", draw.integers(0, 8, 2), [0, 2], rows=[0, 2])  # 1 and 3 are idle
+    both("start", [3, 1], [[7], [2, 2, 2, 2, 2]], rows=[0, 1, 2, 3])
+    both("append", draw.integers(0, 8, 4), [0, 1, 2, 3], rows=[0, 1, 2, 3])
+    both("keep", [1, 3], rows=[0, 1])
+    for _ in range(3):
+        both("append", draw.integers(0, 8, 2), [0, 1], rows=[0, 1])
+
+
+def test_a_prompt_that_starts_in_several_rows_is_read_once(monkeypatch):
+    policy, read = random_model(), []
+    whole = Body.run
+    monkeypatch.setattr(Body, "run", lambda self, ids: read.append(tuple(ids.shape)) or whole(self, ids))
+    decoder = policy.decoder(5, SamplingLaw(11, 9))
+    decoder.start([4, 0, 1, 3], [[1, 2], [3], [1, 2], [1, 2]])
+    assert read == [(2, 2)]
+    assert torch.equal(decoder.log_probs[4], decoder.log_probs[1]) and torch.equal(decoder.values[4], decoder.values[3])
+    assert not torch.equal(decoder.log_probs[4], decoder.log_probs[0])
+
+
+def test_adapters_are_part_of_the_blocks():
+    policy = add_lora(model("Llama"), rank=2)
+    draw = torch.Generator().manual_seed(0)
+    for name, weight in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, generator=draw)
+    rollout = make_rollout(policy, PROMPTS, RESPONSES)
+    ours, gradients = evaluated(policy, rollout)
+    require_same((ours, gradients), evaluated(plain(policy), rollout), 1e-10)
+    assert any("lora" in name for name in gradients)
+    assert not torch.equal(ours[0], policy.without_adapters().evaluate(rollout)[0].detach())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda policy: setattr(policy.model.config, "_attn_implementation", "eager"),
+        lambda policy: policy.model.register_forward_hook(lambda *_: None),
+        lambda policy: policy.model.transformer.h[1].register_forward_hook(lambda *_: None),
+        lambda policy: policy.model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: None),
+    ],
+    ids=["eager attention", "a hook on the model", "a hook on a block", "a hook inside a block"],
+)
+def test_what_the_blocks_would_pass_over_is_left_to_hugging_face(change):
+    policy = random_model()
+    change(policy)
+    assert Body.of(policy.model) is None
+    assert isinstance(policy.decoder(1, SamplingLaw(11, 9)), CachedDecoder)
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel is not among the families.*backend='cached'"):
+        policy.decoder(1, SamplingLaw(11, 9), backend="blocks")
+
+
+def test_rotations_that_depend_on_the_length_are_left_to_hugging_face():
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    import transformers
+
+    config = transformers.LlamaConfig(**SIZE, **GROUPED, rope_parameters=dynamic)
+    assert Body.of(CausalLM.from_config(config, char_tokenizer("abcdefgh")).model) is None
+
+
+def test_the_forward_that_records_hidden_states_leaves_the_blocks_understood():
+    policy = random_model()
+    plain(policy).evaluate(make_rollout(policy, PROMPTS, RESPONSES))  # at which Transformers hangs its hooks in
+    assert Body.of(policy.model) is not None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [
+        ([5] * 32, [32]),
+        ([5, 4] * 16, [32]),  # a tenth of padding
+        ([2] * 16 + [30] * 16, [16, 16]),
+        ([2, 30] * 4, [8]),  # too few to be cut apart
+        ([1] * 24 + [40] * 8, [8, 8, 8, 8]),
+    ],
+)
+def test_rows_of_like_length_are_read_together_where_that_saves_a_third(lengths, groups):
+    found = buckets(torch.tensor(lengths))
+    assert [len(rows) for rows in found] == groups
+    assert sorted(torch.cat(found).tolist()) == list(range(len(lengths)))
+    assert all(max(lengths[i] for i in a) <= min(lengths[i] for i in b) for a, b in zip(found, found[1:], strict=False))
+
+
+def test_rows_read_in_groups_are_those_read_one_by_one():
+    policy = model("GPT2")
+    draw = np.random.default_rng(0)
+    responses = [draw.integers(0, 8, 1 + 60 * (i % 4 == 3)).tolist() for i in range(32)]
+    prompts = [draw.integers(0, 8, 1 + i % 3).tolist() for i in range(32)]
+    rollout = make_rollout(policy, prompts, responses)
+    assert len(buckets(rollout.attention_mask.sum(1))) == 4
+    numbers, gradients = evaluated(policy, rollout)
+    require_same((numbers, gradients), evaluated(plain(policy), rollout), 1e-10)
+    for row in range(32):
+        alone = policy.evaluate(rollout[row])
+        require_same(
+            [x[row] for x in numbers], [torch.where(rollout[row].response_mask, x, 0.0)[0] for x in alone], 1e-10
+        )
+
+
+@pytest.mark.parametrize("law", [SamplingLaw(11, 9, temperature=2.0, banned_tokens=(7,)), SamplingLaw(11, 9, top_k=4)])
+def test_logits_made_a_few_states_at_a_time_are_those_made_at_once(monkeypatch, law):
+    policy = model("GPT2")
+    rollout = Rollout.of_tokens(PROMPTS, [[t for t in r if t != 7] for r in RESPONSES], law)
+    if law.truncates:
+        found = law.candidates(plain(policy).response_log_probs(rollout)[0])
+        object.__setattr__(rollout, "candidates", torch.cat([found, rollout.response_ids.unsqueeze(-1)], -1))
+    whole = evaluated(policy, rollout)
+    monkeypatch.setattr(reading, "_LOGITS", 4 * 11)  # of 18 states
+    require_same(evaluated(policy, rollout), whole, 1e-12)
+    with torch.no_grad():
+        require_same([torch.where(rollout.response_mask, x, 0.0) for x in policy.evaluate(rollout)], whole[0], 1e-12)
+
+
+def test_padding_may_reach_beyond_the_context():
+    """Every row fits the 64 positions; the columns of all of them together do not."""
+    policy = random_model(dtype="float64")
+    prompts, responses = [[1] * 60, [2]], [[3], [4] * 60]
+    wide = make_rollout(policy, prompts, responses, left=20)
+    for row in range(2):
+        narrow = make_rollout(policy, [prompts[row]], [responses[row]])
+        for ours, alone in zip(policy.evaluate(wide), policy.evaluate(narrow), strict=True):
+            require_same(ours[row, : len(responses[row])], alone[0], 1e-10)
+        whole, alone = (policy.response_log_probs(rollout)[0] for rollout in (wide, narrow))
+        require_same(whole[row, : len(responses[row])], alone[0], 1e-10)
+
+
+def test_padding_holds_zeros():
+    policy = random_model()
+    rollout = make_rollout(policy, PROMPTS, RESPONSES)
+    assert all((x[~rollout.response_mask] == 0).all() for x in policy.evaluate(rollout))
