@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_env.cli import inform
 from rlhf_env.cli.show import clock, response_progress, step_progress, training_progress
+from rlhf_env.lab.grid import GridConfig
 from rlhf_env.records.config import documented
 from rlhf_env.training.config import (
     EvaluateConfig,
@@ -36,6 +37,7 @@ COMMANDS = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
+    "grid": GridConfig,
     "inspect": None,
     "preferences": None,
     "preferences convert": None,

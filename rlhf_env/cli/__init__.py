@@ -8,6 +8,7 @@ import sys
 import typer
 
 from rlhf_env.cli.demo import demo
+from rlhf_env.cli.grid import MORE_TO_GRID, grid
 from rlhf_env.cli.inform import agents, doctor, worlds
 from rlhf_env.cli.measure import MORE_TO_EVALUATE, MORE_TO_GENERATE, evaluate, generate
 from rlhf_env.cli.pipeline import MORE_TO_PIPELINE, inspect, pipeline
@@ -32,6 +33,7 @@ app.command(epilog=MORE_TO_REWARD)(reward)
 app.command(epilog=MORE_TO_TRAIN)(train)
 app.command(epilog=MORE_TO_EVALUATE)(evaluate)
 app.command(epilog=MORE_TO_GENERATE)(generate)
+app.command(epilog=MORE_TO_GRID)(grid)
 app.command()(inspect)
 app.add_typer(preferences)
 app.add_typer(worlds, name="worlds")

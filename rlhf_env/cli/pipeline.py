@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import typer
 from rlhf_env.cli import settings as cli
 from rlhf_env.cli.train import watch_training
 from rlhf_env.errors import ConfigError
-from rlhf_env.training.config import PipelineConfig, TrainConfig
+from rlhf_env.training.config import PipelineConfig, TrainConfig, parse_seeds
 from rlhf_env.training.interruption import exit_code
 
 _DOC = cli.sentences(PipelineConfig)
@@ -90,22 +89,6 @@ def _run(config: PipelineConfig, out: Path, seeds: str | None, until: str | None
         summaries[seed] = run_pipeline(replace(config, seed=seed), out / f"seed-{seed}", watch=watch)
     print_seeds(summaries)
     print(f"everything is in {out}; each seed has its report.html")
-
-
-def parse_seeds(text: str) -> list[int]:
-    """The seeds that "0-4", "0,2,5" or "3" mean."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        if match is None:
-            raise ConfigError(f"--seeds {text!r} is not understood: write 0-4, or 0,1,2")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise ConfigError(f"--seeds {text!r}: {part.strip()} names no seed; write the smaller one first")
-        seeds += range(first, last + 1)
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--seeds {text!r} names a seed twice")
-    return seeds
 
 
 def print_pipeline(summary: Mapping[str, Any], out: Path) -> None:

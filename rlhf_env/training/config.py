@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -279,3 +280,19 @@ def _require(config: Any, at_least: dict[str, int]) -> None:
     for name, least in at_least.items():
         if (value := getattr(config, name)) < least:
             raise ConfigError(f"{name} must be at least {least}, it is {value}")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds that "0-4", "0,2,5" or "3" mean."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if match is None:
+            raise ConfigError(f"seeds {text!r} is not understood: write 0-4, or 0,1,2")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ConfigError(f"seeds {text!r}: {part.strip()} names no seed; write the smaller one first")
+        seeds += range(first, last + 1)
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds {text!r} names a seed twice")
+    return seeds

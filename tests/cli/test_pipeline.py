@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_env.cli.pipeline import parse_seeds, print_seeds
-from rlhf_env.errors import ConfigError
+from rlhf_env.cli.pipeline import print_seeds
 from rlhf_env.records.config import to_dict
 from rlhf_env.records.run import Run
 from rlhf_env.worlds import reviews
@@ -141,30 +140,6 @@ def test_a_table_of_seeds_has_means_with_students_t(capsys, monkeypatch):
         "gold after": ["0.100", "0.300", "0.500", "0.300 [-0.197, 0.797]"],
         "KL": ["2.000", "2.000", "2.000", "2.000 [2.000, 2.000]"],
     }
-
-
-@pytest.mark.parametrize(
-    ("text", "seeds"), [("3", [3]), ("0-4", [0, 1, 2, 3, 4]), ("0,2,5", [0, 2, 5]), ("7, 1-2", [7, 1, 2]), ("4-4", [4])]
-)
-def test_seeds_are_read(text, seeds):
-    assert parse_seeds(text) == seeds
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "not understood: write 0-4, or 0,1,2"),
-        ("0,", "not understood"),
-        ("-1", "not understood"),
-        ("1.5", "not understood"),
-        ("4-2", "4-2 names no seed"),
-        ("1,4-2", "4-2 names no seed"),
-        ("0-2,1", "names a seed twice"),
-    ],
-)
-def test_seeds_that_are_none_are_refused(text, message):
-    with pytest.raises(ConfigError, match=message):
-        parse_seeds(text)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The laboratory: many runs, side by side."""
