@@ -4,10 +4,11 @@
     python benchmarks/iteration.py --sizes 1M --tokens 16 64 128 256
     python benchmarks/iteration.py --sizes 1M --batch 8 128 256
     python benchmarks/iteration.py --memory            # the peak of each in a process of its own
+    python benchmarks/iteration.py --peers .bench      # TRL, too, in environments that are made in that folder
 
 Prompts of 16 tokens, responses that all have the same number of tokens; a reference and a reward model of the policy's
 size; four passes in four minibatches. All in one thread; process time, medians of alternated rounds; ratios are taken
-within a round. `parts` is where ours takes its time.
+within a round. `parts` is where ours takes its time. TRL's PPO has a value network of its own, which the others lack.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,11 +40,19 @@ from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.tiny import tiny_config
 from rlhf_env.reward_models.classifier import ClassifierReward
 from rlhf_env.text.tokenizers import word_tokenizer
+from rlhf_env.training.agents import agent_class, agent_config
 from rlhf_env.training.loop import train
 
 PROMPT = 16
 SIZES = {"1M": (1000, 128, 4, 4), "6M": (5000, 256, 6, 8)}  # vocabulary, width, layers, heads
 PARTS = ("sampling", "reference", "reward model", "update")
+
+TRL = {
+    "TRL 1.12's PPO": ("1.12.0", "ppo"),
+    "TRL 1.16's GRPO": ("1.16.0", "grpo"),
+    "TRL 1.16's RLOO": ("1.16.0", "rloo"),
+}
+HERE = Path(__file__).parent
 
 Iterate = Callable[[], object]
 
@@ -89,9 +100,10 @@ class Work:
         prompts = torch.from_numpy(self.prompts)
         return lambda: floor.iterate(prompts, self.tokens)
 
-    def ours(self) -> Iterate:
-        settings = PPOConfig(learning_rate=1e-4, batch_size=self.batch, epochs=4, minibatches=4)
-        rows = train(PPO(self.lm(), settings), self.envs(), updates=10**6)
+    def ours(self, agent: str = "ppo", **settings: Any) -> Iterate:
+        cls = agent_class(agent)
+        config = agent_config(cls, {"learning_rate": 1e-4, "batch_size": self.batch, **settings})
+        rows = train(cls(self.lm(), config), self.envs(), updates=10**6)
         return lambda: next(rows)
 
     def sb3(self) -> Iterate:
@@ -155,22 +167,76 @@ class Work:
 
 CONTESTANTS: dict[str, Callable[[Work], Iterate]] = {
     "floor": Work.floor,
-    "rlhf-env": Work.ours,
+    "PPO": Work.ours,
     "SB3's PPO, bridge": Work.sb3,
+}
+BESIDE_TRL: dict[str, Callable[[Work], Iterate]] = {
+    "GRPO": lambda work: work.ours("grpo", epochs=4, minibatches=4, group_size=8, kl="k3"),
+    "RLOO": lambda work: work.ours("rloo", epochs=4, minibatches=4, group_size=4),
 }
 
 
-def compare(work: Work, rounds: int) -> dict[str, tuple[float, float]]:
+class Peer:
+    """TRL at the same work, in a process and an environment of its own."""
+
+    def __init__(self, work: Work, version: str, algorithm: str, folder: Path) -> None:
+        python = folder / f"trl-{version}" / "bin" / "python"
+        if not python.exists():
+            print(f"making {python.parents[1]} …", file=sys.stderr)
+            subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
+            constraints = ("-c", str(HERE.parent / "constraints.txt"))
+            install = ("-m", "pip", "install", "--quiet", *constraints, "torch", f"trl=={version}")
+            subprocess.run([str(python), *install], check=True)
+        self.files = tempfile.TemporaryDirectory()
+        place = Path(self.files.name)
+        work.lm().save_pretrained(place / "policy")
+        work.reward().save_pretrained(place / "reward")
+        work.tokenizer.save_pretrained(place / "reward")
+        (place / "prompts.txt").write_text("\n".join(work.texts) + "\n", encoding="utf-8")
+        words = [str(python), str(HERE / "peers" / "trl_peer.py"), algorithm, str(place), "--tokens", str(work.tokens)]
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def __call__(self) -> float:
+        """Seconds of one iteration."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def peak(self) -> int:
+        """Ends it; its peak memory in MB."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        return int(self.process.stdout.readline())
+
+
+def timed(iterate: Iterate) -> Callable[[], float]:
+    def seconds() -> float:
+        began = time.process_time()
+        iterate()
+        return time.process_time() - began
+
+    return seconds
+
+
+def compare(work: Work, rounds: int, peers: Path | None) -> dict[str, tuple[float, float]]:
     """Median seconds of each contestant, and median of its ratio to the floor."""
-    contestants = {name: make(work) for name, make in CONTESTANTS.items()}
+    ours = CONTESTANTS if peers is None else CONTESTANTS | BESIDE_TRL
+    contestants: dict[str, Callable[[], float]] = {name: timed(make(work)) for name, make in ours.items()}
+    if peers is not None:
+        contestants |= {name: Peer(work, *which, peers) for name, which in TRL.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     gc.collect()
     for number in range(rounds + 1):  # the first one warms up
         for name, iterate in contestants.items():
-            began = time.process_time()
-            iterate()
+            taken = iterate()
             if number:
-                seconds[name].append(time.process_time() - began)
+                seconds[name].append(taken)
+    for contestant in contestants.values():
+        if isinstance(contestant, Peer):
+            contestant.peak()
     floor = seconds["floor"]
     return {
         name: (statistics.median(taken), statistics.median(t / f for t, f in zip(taken, floor, strict=True)))
@@ -185,12 +251,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[32])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true", help="peak memory of each, instead of time")
-    parser.add_argument("--only", choices=CONTESTANTS, help="run two iterations of one and print its peak memory")
+    parser.add_argument(
+        "--peers", type=Path, metavar="FOLDER", help="compare with TRL; its environments are made there"
+    )
+    parser.add_argument(
+        "--only", choices=CONTESTANTS | BESIDE_TRL, help="run two iterations of one and print its peak memory"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     shapes = [(size, batch, tokens) for size in args.sizes for batch in args.batch for tokens in args.tokens]
     if args.only:
-        iterate = CONTESTANTS[args.only](Work(*shapes[0]))
+        iterate = (CONTESTANTS | BESIDE_TRL)[args.only](Work(*shapes[0]))
         for _ in range(2):
             iterate()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)  # KiB on Linux
@@ -201,12 +272,17 @@ def main() -> None:
         place = f"| {size} | {batch} | {tokens} |"
         if args.memory:
             words = ("--sizes", size, "--batch", str(batch), "--tokens", str(tokens), "--only")
-            for name in CONTESTANTS:
+            for name in CONTESTANTS | BESIDE_TRL:
                 done = subprocess.run([sys.executable, __file__, *words, name], check=True, capture_output=True)
                 print(f"{place} {name} | {int(done.stdout)} |", flush=True)
+            for name, which in TRL.items() if args.peers else ():
+                peer = Peer(Work(size, batch, tokens), *which, args.peers)
+                for _ in range(2):
+                    peer()
+                print(f"{place} {name} | {peer.peak()} |", flush=True)
             continue
         work = Work(size, batch, tokens)
-        for name, (middle, ratio) in compare(work, args.rounds).items():
+        for name, (middle, ratio) in compare(work, args.rounds, args.peers).items():
             print(f"{place} {name} | {middle:.3f} | {ratio:.2f} |", flush=True)
         parts = work.parts(args.rounds)
         whole = sum(parts.values())

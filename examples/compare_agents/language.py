@@ -128,6 +128,7 @@ def run(name: str, model: str | None, tokens: int, episodes: int, out: Path, age
         gold="vader",
         agent=kind,
         data=str(shared / data) if offline else None,
+        too_long="drop",  # a few responses of the limit's length are spelled with more tokens than were sampled
         **budget,
         seed=seed,
         num_envs=128,

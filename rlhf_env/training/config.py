@@ -155,6 +155,7 @@ class TrainConfig:
     reward: str  #: what scores responses: "vader", "module:function", the folder of a classifier, or several, A,B,C
     agent: str = "ppo"  #: a name that `rlhf-env agents` lists, any other "sb3:NAME", or your "module:Class"
     data: str | None = None  #: what an agent that samples nothing learns from: comparisons, or ilql's logged responses
+    too_long: Literal["error", "drop"] = "error"  #: what to do with responses of the data beyond the length limit
     reference: str | None = None  #: the model that KL is measured to; none: the policy as it starts
     eval_prompts: str | None = None  #: file of prompts to evaluate on; none: a tenth of `prompts` is held out for it
     bonus: float = 0.0  #: with several rewards, A,B,C: training adds this times their deviation, to explore

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,37 +21,44 @@ from rlhf_env.records.safe_text import safe_text
 from rlhf_env.text.sources import read_rows
 from rlhf_env.types import Pairs, Rollout
 
+TooLong = Literal["error", "drop"]
 
-def load_pairs(source: str, envs: Any) -> Pairs:
+
+def load_pairs(source: str, envs: Any, *, too_long: TooLong = "error") -> Pairs:
     """Every pair of different responses in a source of comparisons (`read_comparisons`), with the reference's ref_logp.
 
     A ranking of K responses gives K(K − 1)/2 pairs. Texts become the token ids of the environment's episodes: chat
     template, EOS where a response ends before the length limit. `DataError` names file and line of a response that
-    the environment could not have written.
+    the environment could not have written; with `too_long="drop"` those that are only too long are left out, with a
+    warning that counts them. A response of the limit's length may be that when its text is read again, for other tokens
+    may spell it.
     """
     task = find_cores(envs)[0].task
     if task.reference is None:
         raise ConfigError("preferences are learned relative to a reference, and this environment has none")
     places = [where for where, _ in read_rows(source)]
-    texts, first, second, preference = [], [], [], []
-    for where, comparison in zip(places, read_comparisons(source), strict=True):
-        for i, j, preferred in comparison.pairs:
-            first.append(len(texts) + i)
-            second.append(len(texts) + j)
-            preference.append(preferred)
-        texts += [(where, comparison.prompt, response) for response in comparison.responses]
-    if not preference:
+    comparisons = list(zip(places, read_comparisons(source), strict=True))
+    texts = [(where, each.prompt, response) for where, each in comparisons for response in each.responses]
+    kept, ids = _token_ids(task, texts, too_long)
+    place = {number: row for row, number in enumerate(kept)}  # of a text's number, where it is left
+    pairs, offset = [], 0
+    for _, comparison in comparisons:
+        pairs += [(offset + i, offset + j, preferred) for i, j, preferred in comparison.pairs]
+        offset += len(comparison.responses)
+    pairs = [(place[i], place[j], preferred) for i, j, preferred in pairs if i in place and j in place]
+    if not pairs:
         raise DataError(f"{source}: no comparison has two responses that differ, so there is nothing to learn")
-    responses = _episodes(task, texts, _token_ids(task, texts))
-    return Pairs(responses[first], responses[second], torch.tensor(preference))
+    responses = _episodes(task, [texts[number] for number in kept], ids)
+    first, second, preference = zip(*pairs, strict=True)
+    return Pairs(responses[list(first)], responses[list(second)], torch.tensor(preference))
 
 
-def load_log(source: str, envs: Any) -> Rollout:
+def load_log(source: str, envs: Any, *, too_long: TooLong = "error") -> Rollout:
     """Logged responses as finished episodes: rows {"prompt", "response"} of a `.jsonl` file or `hf:NAME[:SPLIT]`.
 
     All rows have a "score", or none: then the environment's reward model says it. `reward` is score − penalties on the
     last token, without a KL term. Who wrote the responses is not known: `logp` is the reference's, like `ref_logp`,
-    and values are 0. Texts become token ids as in `load_pairs`.
+    and values are 0. Texts become token ids as in `load_pairs`, and what is too long is treated likewise.
     """
     core = find_cores(envs)[0]
     task, rows = core.task, read_rows(source, required={"prompt": str, "response": str})
@@ -62,7 +70,8 @@ def load_log(source: str, envs: Any) -> Rollout:
             f"{rows[odd][0]}: this row has {'a' if scored[odd] else 'no'} 'score' and {rows[0][0]} has "
             f"{'one' if scored[0] else 'none'}: give every response its score, or none for the reward model's"
         )
-    ids = _token_ids(task, texts)
+    kept, ids = _token_ids(task, texts, too_long)
+    rows, texts = [rows[number] for number in kept], [texts[number] for number in kept]
     rollout = _episodes(task, texts, ids)
     token_score = torch.zeros_like(rollout.ref_logp)
     if scored[0]:
@@ -88,15 +97,29 @@ def load_log(source: str, envs: Any) -> Rollout:
     )
 
 
-def _token_ids(task: TextTask, texts: Sequence[tuple[str, str, str]]) -> list[tuple[list[int], list[int]]]:
-    """Token ids of the prompt and of the response of each (where, prompt, response)."""
-    ids = []
-    for where, prompt, response in texts:
+def _token_ids(
+    task: TextTask, texts: Sequence[tuple[str, str, str]], too_long: TooLong
+) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+    """The numbers of the (where, prompt, response) that are kept, and the token ids of prompt and response of each."""
+    kept, ids = [], []
+    for number, (where, prompt, response) in enumerate(texts):
         try:
             ids.append(_encode(task, prompt, response))
+            kept.append(number)
+        except _TooLongError as error:
+            if too_long == "error":
+                raise DataError(f"{where}: {error}") from error
         except RLHFEnvError as error:
             raise DataError(f"{where}: {error}") from error
-    return ids
+    if texts and not kept:
+        raise DataError(f"{texts[0][0]}: all responses are too long: raise max_new_tokens")
+    if left_out := len(texts) - len(kept):
+        warnings.warn(f"{left_out} of {len(texts)} responses are longer than the limit and left out", stacklevel=3)
+    return kept, ids
+
+
+class _TooLongError(DataError):
+    """A response is longer than those of the environment."""
 
 
 def _encode(task: TextTask, prompt: str, response: str) -> tuple[list[int], list[int]]:
@@ -106,9 +129,9 @@ def _encode(task: TextTask, prompt: str, response: str) -> tuple[list[int], list
     if task.law.eos_token_id is not None and len(ids) < longest and not stopped:
         ids = [*ids, task.law.eos_token_id]
     if len(ids) > longest:
-        raise DataError(
+        raise _TooLongError(
             f"a response of {len(ids)} tokens, where the environment's have at most {longest}: raise max_new_tokens, "
-            "or take the row out"
+            "or leave out what is too long with too_long=drop"
         )
     if any(task.stop_reason(asked, ids[: n + 1]) is not None for n in range(len(ids) - 1)):
         raise DataError("the environment would have ended this response earlier, at EOS or one of its stop_strings")

@@ -74,7 +74,7 @@ def run_training(
         require_free(out)
     cls: Any = None if sb3 else agent_class(config.agent)
     parts = assemble(config, kl_mode=getattr(cls, "kl_mode", "reward"))
-    data = None if config.data is None else _load_data(cls, config.data, parts)
+    data = None if config.data is None else _load_data(cls, config, parts)
     if config.data is not None and not _prompts_of(cls, config.data).isdisjoint(parts.eval_envs.task.prompts):
         parts = dataclasses.replace(parts, held_out=False)
 
@@ -133,8 +133,9 @@ def run_training(
     return run.summary
 
 
-def _load_data(cls: Any, source: str, parts: Parts) -> Pairs | Rollout:
-    return load_pairs(source, parts.envs) if cls.learns_from == "pairs" else load_log(source, parts.envs)
+def _load_data(cls: Any, config: TrainConfig, parts: Parts) -> Pairs | Rollout:
+    load = load_pairs if cls.learns_from == "pairs" else load_log
+    return load(str(config.data), parts.envs, too_long=config.too_long)
 
 
 def _prompts_of(cls: Any, source: str) -> set[str]:

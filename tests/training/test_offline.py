@@ -19,6 +19,7 @@ from rlhf_env.training.evaluate import response_texts
 from rlhf_env.training.offline import load_log, load_pairs
 from rlhf_env.types import Comparison, Rollout
 from tests.builders import EOS, letter_score, make_envs, random_model
+from tests.tiny_files import write_rows
 
 CHAT = "{% for m in messages %}h{{ m['content'] }}g{% endfor %}"
 
@@ -120,7 +121,8 @@ def test_sampled_responses_come_back_as_they_were(tmp_path):
         (
             {"chosen": "abcd", "rejected": "a"},
             {"max_new_tokens": 3},
-            "a response of 4 tokens, where the environment's have at most 3: raise max_new_tokens, or take the row out",
+            "a response of 4 tokens, where the environment's have at most 3: raise max_new_tokens, or leave out what is "
+            "too long with too_long=drop",
         ),
         (
             {"chosen": "abc", "rejected": "a"},
@@ -257,3 +259,31 @@ def test_how_much_is_read_by_the_reference_at_once_changes_nothing(tmp_path):
         n = int(one.lengths[0])
         torch.testing.assert_close(log.ref_logp[some, :n], one.ref_logp[0], atol=1e-12, rtol=0)
     assert dataclasses.astuple(log.law) == dataclasses.astuple(envs.task.law)
+
+
+def test_what_is_too_long_may_be_left_out(tmp_path):
+    """Of a ranking of three only the pairs of what is left; rows of a log keep their scores."""
+    ranking = {"prompt": "ab", "responses": ["a", "bcdefgh", "c"], "ranks": [0, 1, 2]}
+    rows = (
+        ranking,
+        {"prompt": "ca", "chosen": "d", "rejected": "abcdefgh"},
+        {"prompt": "d", "chosen": "e", "rejected": "f"},
+    )
+    source = write_rows(tmp_path / "pairs.jsonl", *rows)
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: a response of 7 tokens.*too_long=drop"):
+        load_pairs(source, make_envs())
+    with pytest.warns(UserWarning, match="2 of 7 responses are longer than the limit and left out"):
+        pairs = load_pairs(source, make_envs(), too_long="drop")
+    kept = load_pairs(
+        write_rows(tmp_path / "kept.jsonl", {**ranking, "responses": ["a", "c"], "ranks": [0, 2]}, rows[2]), make_envs()
+    )
+    for ours, theirs in ((pairs.first, kept.first), (pairs.second, kept.second)):
+        assert torch.equal(ours.response_ids, theirs.response_ids) and torch.equal(ours.ref_logp, theirs.ref_logp)
+    assert pairs.preference.tolist() == [1.0, 1.0]
+    logged = [
+        {"prompt": "ab", "response": text, "score": i} for i, text in enumerate(["abcdefgh", "c", "abcdefg", "h"])
+    ]
+    with pytest.warns(UserWarning, match="2 of 4 responses"):
+        assert load_log(log_file(tmp_path, *logged), make_envs(), too_long="drop").score.tolist() == [1.0, 3.0]
+    with pytest.raises(DataError, match="all responses are too long"):
+        load_log(log_file(tmp_path, logged[0]), make_envs(), too_long="drop")
