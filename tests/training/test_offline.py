@@ -121,8 +121,8 @@ def test_sampled_responses_come_back_as_they_were(tmp_path):
         (
             {"chosen": "abcd", "rejected": "a"},
             {"max_new_tokens": 3},
-            "a response of 4 tokens, where the environment's have at most 3: raise max_new_tokens, or leave out what is "
-            "too long with too_long=drop",
+            "a response of 4 tokens, where the environment's have at most 3: raise max_new_tokens, or leave out what "
+            "is too long with too_long=drop",
         ),
         (
             {"chosen": "abc", "rejected": "a"},
@@ -266,8 +266,8 @@ def test_what_is_too_long_may_be_left_out(tmp_path):
     ranking = {"prompt": "ab", "responses": ["a", "bcdefgh", "c"], "ranks": [0, 1, 2]}
     rows = (
         ranking,
-        {"prompt": "ca", "chosen": "d", "rejected": "abcdefgh"},
-        {"prompt": "d", "chosen": "e", "rejected": "f"},
+        {"prompt": "ca", "responses": ["d", "abcdefgh"], "ranks": [0, 1]},
+        {"prompt": "d", "responses": ["e", "f"], "ranks": [0, 1]},
     )
     source = write_rows(tmp_path / "pairs.jsonl", *rows)
     with pytest.raises(DataError, match=r"pairs.jsonl:1: a response of 7 tokens.*too_long=drop"):
