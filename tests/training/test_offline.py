@@ -275,7 +275,7 @@ def test_what_is_too_long_may_be_left_out(tmp_path):
     with pytest.warns(UserWarning, match="2 of 7 responses are longer than the limit and left out"):
         pairs = load_pairs(source, make_envs(), too_long="drop")
     kept = load_pairs(
-        write_rows(tmp_path / "kept.jsonl", {**ranking, "responses": ["a", "c"], "ranks": [0, 2]}, rows[2]), make_envs()
+        write_rows(tmp_path / "kept.jsonl", {**ranking, "responses": ["a", "c"], "ranks": [0, 1]}, rows[2]), make_envs()
     )
     for ours, theirs in ((pairs.first, kept.first), (pairs.second, kept.second)):
         assert torch.equal(ours.response_ids, theirs.response_ids) and torch.equal(ours.ref_logp, theirs.ref_logp)
