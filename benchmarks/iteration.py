@@ -8,7 +8,8 @@
 
 Prompts of 16 tokens, responses that all have the same number of tokens; a reference and a reward model of the policy's
 size; four passes in four minibatches. All in one thread; process time, medians of alternated rounds; ratios are taken
-within a round. `parts` is where ours takes its time. TRL's PPO has a value network of its own, which the others lack.
+within a round. `parts` is where ours takes its time. TRL's PPO has a value network of its own, which the others lack;
+RLOO takes one step on all responses, here and there.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ PARTS = ("sampling", "reference", "reward model", "update")
 TRL = {
     "TRL 1.12's PPO": ("1.12.0", "ppo"),
     "TRL 1.16's GRPO": ("1.16.0", "grpo"),
-    "TRL 1.16's RLOO": ("1.16.0", "rloo"),
+    "TRL 1.16's RLOO, one step": ("1.16.0", "rloo"),
 }
 HERE = Path(__file__).parent
 
@@ -172,7 +173,7 @@ CONTESTANTS: dict[str, Callable[[Work], Iterate]] = {
 }
 BESIDE_TRL: dict[str, Callable[[Work], Iterate]] = {
     "GRPO": lambda work: work.ours("grpo", epochs=4, minibatches=4, group_size=8, kl="k3"),
-    "RLOO": lambda work: work.ours("rloo", epochs=4, minibatches=4, group_size=4),
+    "RLOO, one step": lambda work: work.ours("rloo", group_size=4),
 }
 
 

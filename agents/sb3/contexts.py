@@ -39,6 +39,7 @@ class SeenContexts:
         # No sampling law: its minimum length counts response tokens, and a context read anew may end in some already.
         self._law = SamplingLaw(vocab_size, None)
         self._by_size: dict[int, _Rows] = {}  # an evaluation beside the training has another number of rows
+        self._parameters: list[Tensor] = []  # of the model, looked up anew after `forget`
         self._weights: Any = None
 
     def __reduce__(self) -> Any:
@@ -47,11 +48,13 @@ class SeenContexts:
     def forget(self) -> None:
         """Free the caches; the next contexts are read from their beginning."""
         self._by_size.clear()
+        self._parameters = []
 
     @torch.no_grad()
     def read(self, lm: CausalLM, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities [N, V] under no sampling law, and values [N], after right-padded contexts [N, L]."""
-        weights = [(p.data_ptr(), p._version) for p in lm.parameters()]
+        self._parameters = self._parameters or list(lm.parameters())
+        weights = [(p.data_ptr(), p._version) for p in self._parameters]
         if weights != self._weights:  # TRPO replaces the tensors, all others write into them
             self.forget()
             self._weights = weights

@@ -81,7 +81,9 @@ class LMActorCriticPolicy(ActorCriticPolicy):
             )
         self._seen = SeenContexts(self.law.vocab_size)
         trainable = [p for p in self.lm.parameters() if p.requires_grad]
-        self.optimizer = self.optimizer_class(trainable, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        known = self.optimizer_class in (torch.optim.Adam, torch.optim.AdamW)  # whose step is one operation if asked
+        kwargs = {"fused": True, **self.optimizer_kwargs} if known else self.optimizer_kwargs
+        self.optimizer = self.optimizer_class(trainable, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
 
     def forward(  # type: ignore[override]
         self, obs: dict[str, Tensor], deterministic: bool = False, action_masks: Masks = None

@@ -120,12 +120,14 @@ def main() -> None:
             return scorer(ids).logits[:, 0].tolist()
 
         kind = args.algorithm.upper()
+        parts = 4 if kind == "GRPO" else 1  # of a batch, and passes over it
+        common["per_device_train_batch_size"] = batch // parts
         config = getattr(trl, f"{kind}Config")(
             **common,
             max_steps=10**6,
             num_generations=8 if kind == "GRPO" else 4,
-            steps_per_generation=4,
-            num_iterations=4,
+            steps_per_generation=parts,
+            num_iterations=parts,
             max_completion_length=args.tokens,
             beta=0.05,
             temperature=1.0,
@@ -139,7 +141,7 @@ def main() -> None:
             args=config,
             processing_class=tokenizer,
             train_dataset=Dataset.from_dict({"prompt": prompts}),
-            callbacks=[Turns(16, answers)],
+            callbacks=[Turns(parts * parts, answers)],
         )
     trainer.train()
 
