@@ -203,11 +203,10 @@ class BlockDecoder:
     @torch.no_grad()
     def append(self, tokens: NDArray[np.int64], rows: Sequence[int]) -> None:
         """Append `tokens[i]` to row `rows[i]`. Rows not named hold nothing until they are started again."""
-        everyone = len(rows) == len(self.length)
         index = torch.as_tensor(rows, device=self.length.device)
         ids = torch.zeros_like(self.length)
         ids[index] = torch.as_tensor(tokens, device=index.device)
-        if not everyone:
+        if len(index) < len(self.length):
             idle = torch.ones_like(self.length, dtype=torch.bool)
             idle[index] = False
             self.length[idle] = 0  # an idle row sees one token only, and never needs more room
@@ -218,7 +217,7 @@ class BlockDecoder:
         self.length[index] += 1
         self.written[index] += 1
         logits, values = self.model.heads(hidden)
-        self._read(index, *((logits, values) if everyone else (logits[index], values[index])))
+        self._read(index, logits[index], values[index])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with only these rows, renumbered 0, 1, …; the others are forgotten."""
@@ -261,11 +260,8 @@ class BlockDecoder:
         return family.norm(x)
 
     def _read(self, index: Tensor, logits: Tensor, values: Tensor) -> None:
-        log_probs = self.law.log_probs(logits, self.written[index])
-        if len(index) == len(self.length) and bool((index[1:] > index[:-1]).all()):
-            self.log_probs, self.values = log_probs.to(self.log_probs.dtype), values
-        else:
-            self.log_probs[index], self.values[index] = log_probs.to(self.log_probs.dtype), values
+        self.log_probs[index] = self.law.log_probs(logits, self.written[index])
+        self.values[index] = values
 
     def _reserve(self, columns: int) -> None:
         if self.storage and (have := self.storage[0][0].shape[1]) < columns:

@@ -115,6 +115,7 @@ def test_rows_that_grow_restart_and_leave_are_decoded_alike(name, dtype, toleran
     both("append", draw.integers(0, 8, 2), [0, 2], rows=[0, 2])  # 1 and 3 are idle
     both("start", [3, 1], [[7], [2, 2, 2, 2, 2]], rows=[0, 1, 2, 3])
     both("append", draw.integers(0, 8, 4), [0, 1, 2, 3], rows=[0, 1, 2, 3])
+    both("append", draw.integers(0, 8, 4), [2, 0, 3, 1], rows=[0, 1, 2, 3])
     both("keep", [1, 3], rows=[0, 1])
     for _ in range(3):
         both("append", draw.integers(0, 8, 2), [0, 1], rows=[0, 1])
