@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 from transformers.activations import NewGELUActivation
 
@@ -131,9 +132,10 @@ class Body:
     """A model's transformer without its output layer."""
 
     family: GPT2 | Llama
+    checkpointed: bool = False  # whether a block's activations are made again in the backward pass
 
     @classmethod
-    def of(cls, model: nn.Module) -> Self | None:
+    def of(cls, model: nn.Module, *, checkpointed: bool = False) -> Self | None:
         """The body of a Hugging Face model; None where its own forward has to do.
 
         That is: another family, an attention other than "sdpa", rotations that depend on the length, and modules with
@@ -142,7 +144,7 @@ class Body:
         family, config = _FAMILIES.get(type(model)), model.config
         if family is None or config._attn_implementation != "sdpa" or not family.understood(config):  # type: ignore[union-attr]
             return None
-        body = cls(family(model))
+        body = cls(family(model), checkpointed)
         inside = (m for block in body.family.blocks for m in (block, *block.children()) if list(m.children()))
         return None if any(_hooked(m) for m in (model, *model.children(), *inside)) else body
 
@@ -175,25 +177,32 @@ class Body:
 
     def run(self, ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Keys and values [B, kv heads, L, size] of each block for rows of ids [B, L], and its output [B, L, D]."""
-        family, length = self.family, ids.shape[1]
-        position = torch.arange(length, device=ids.device)
+        family, position = self.family, torch.arange(ids.shape[1], device=ids.device)
         x = family.embed(ids, position)
         rotation = family.rotation(x, position.unsqueeze(0))
         for block in family.blocks:
-            q, k, v = self.heads(block, x, rotation)
-            window = family.window(block)
-            seen = None if window is None or window >= length else _band(length, window, x.device)
-            attended = scaled_dot_product_attention(
-                q.transpose(1, 2),
-                k := k.transpose(1, 2),
-                v := v.transpose(1, 2),
-                attn_mask=seen,
-                is_causal=seen is None,
-                scale=family.scale(block),
-                enable_gqa=family.heads != family.kv_heads,
-            )
-            x = family.finish(block, x, attended.transpose(1, 2).flatten(2))
+            if self.checkpointed and torch.is_grad_enabled():
+                k, v, x = checkpoint(self._block, block, x, rotation, use_reentrant=False)  # type: ignore[misc]
+            else:
+                k, v, x = self._block(block, x, rotation)
             yield k, v, x
+
+    def _block(self, block: Any, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of a block, and what it makes of x [B, L, D]."""
+        family, length = self.family, x.shape[1]
+        q, k, v = (y.transpose(1, 2) for y in self.heads(block, x, rotation))
+        window = family.window(block)
+        seen = None if window is None or window >= length else _band(length, window, x.device)
+        attended = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=seen,
+            is_causal=seen is None,
+            scale=family.scale(block),
+            enable_gqa=family.heads != family.kv_heads,
+        )
+        return k, v, family.finish(block, x, attended.transpose(1, 2).flatten(2))
 
     def heads(self, block: Any, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [..., heads, size], keys and values [..., kv heads, size] of a block's input [..., D], rotated."""

@@ -53,6 +53,7 @@ class CausalLM(nn.Module):
             self.value_head.double()
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        self._checkpointed = False
         self._attention_only = keeps_only_keys_and_values(model)
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.eval()
@@ -143,6 +144,16 @@ class CausalLM(nn.Module):
             embeddings = [m for m in self.model.modules() if isinstance(m, nn.Embedding)]
             for module in [*embeddings, *blocks[:k]]:
                 module.requires_grad_(False)
+        return self
+
+    def checkpoint_gradients(self) -> Self:
+        """Keep of each block its input only, and make the rest again in the backward pass: less memory for more time.
+
+        Raises `ConfigError` for families that are not run block by block.
+        """
+        if self.body is None:
+            raise ConfigError(f"{type(self.model).__name__} is not run block by block, so nothing can be made again")
+        self._checkpointed = True
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -258,7 +269,7 @@ class CausalLM(nn.Module):
     @property
     def body(self) -> Body | None:
         """The transformer, block by block, where its family is known; None: the model's own forward has to do."""
-        return Body.of(self.model)
+        return Body.of(self.model, checkpointed=self._checkpointed)
 
     def heads(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Raw logits [..., V] and values [...] of last hidden states [..., D]."""

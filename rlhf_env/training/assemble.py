@@ -55,6 +55,8 @@ def assemble(config: TrainConfig, *, kl_mode: KLMode = "reward") -> Parts:
     policy = CausalLM.from_pretrained(config.policy, device=config.device, dtype=config.dtype)
     reference = load_reference(config) or policy.frozen_copy()
     policy.freeze_layers(config.freeze_layers)
+    if config.gradient_checkpointing:
+        policy.checkpoint_gradients()
 
     def make(
         prompts: Sequence[str], file: str, reward: Any, beta: float | BetaController, kl_mode: KLMode = "reward"

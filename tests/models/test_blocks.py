@@ -225,6 +225,30 @@ def test_logits_made_a_few_states_at_a_time_are_those_made_at_once(monkeypatch, 
         require_same([torch.where(rollout.response_mask, x, 0.0) for x in policy.evaluate(rollout)], whole[0], 1e-12)
 
 
+@pytest.mark.parametrize("name", ["GPT2", "Mistral"])
+def test_activations_that_are_made_again_give_the_same_gradient(name):
+    policy = model(name)
+    rollout = make_rollout(policy, PROMPTS, RESPONSES)
+
+    def numbers_kept() -> int:
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            policy.evaluate(rollout)
+        return sum(kept)
+
+    before, whole = evaluated(policy, rollout), numbers_kept()
+    policy.checkpoint_gradients()
+    require_same(evaluated(policy, rollout), before, 1e-12)
+    assert numbers_kept() < whole / 2
+
+
+def test_families_that_are_not_run_in_blocks_keep_their_activations():
+    policy = random_model()
+    policy.model.config._attn_implementation = "eager"  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="not run block by block"):
+        policy.checkpoint_gradients()
+
+
 def test_padding_may_reach_beyond_the_context():
     """Every row fits the 64 positions; the columns of all of them together do not."""
     policy = random_model(dtype="float64")
