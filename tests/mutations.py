@@ -219,10 +219,17 @@ MUTATIONS = [
     Mutation(
         "value of the state after the token",
         "rlhf_env/models/reading.py",
-        "restrict(log_probs, rollout.candidates), values[:, :-1]",
-        "restrict(log_probs, rollout.candidates), values[:, 1:]",
+        "logp, entropy = token_statistics(logits, rollout.response_ids[row, t])",
+        "logp, entropy, values = *token_statistics(logits, rollout.response_ids[row, t]), values.roll(-1)",
         f"{DECODING}::test_log_probs_and_values_equal_the_teacher_forced_pass",
         classic=True,
+    ),
+    Mutation(
+        "value of the state after the token, beside whole distributions",
+        "rlhf_env/models/reading.py",
+        "restrict(log_probs, rollout.candidates), values[:, :-1]",
+        "restrict(log_probs, rollout.candidates), values[:, 1:]",
+        f"{BLOCKS}::test_whole_distributions_are_those_of_hugging_face",
     ),
     Mutation(
         "dropout while training",
@@ -474,8 +481,8 @@ MUTATIONS = [
     Mutation(
         "the policy's probabilities are not renormalised in the teacher-forced pass",
         "rlhf_env/models/reading.py",
-        "return log_probs if rollout.candidates is None else",
-        "return log_probs if True else",
+        "logits = restrict(logits, rollout.candidates[row, t])",
+        "pass",
         f"{TRUNCATION}::test_the_kl_of_every_token_is_that_of_an_offline_recomputation",
     ),
     Mutation(

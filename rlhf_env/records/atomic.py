@@ -23,11 +23,11 @@ def write_atomic(path: Path, data: bytes) -> None:
 def write_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
     """Replace the folder at `path` by the one that `fill` is given to write to.
 
-    A reader sees all of the old one or all of the new one, and between two renames none.
+    A reader sees all of the old one or all of the new one, and between two renames none: after a kill there,
+    `settle_folder` puts the old one back.
     """
-    partial, old = (path.with_name(f".{path.name}.{word}.tmp") for word in ("new", "old"))
-    for left in (partial, old):  # by a kill
-        shutil.rmtree(left, ignore_errors=True)
+    settle_folder(path)
+    partial, old = _beside(path)
     partial.mkdir(parents=True)
     fill(partial)
     for written in [*partial.rglob("*"), partial]:
@@ -37,6 +37,15 @@ def write_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
     os.rename(partial, path)
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def settle_folder(path: Path) -> None:
+    """Remove what a killed `write_folder_atomic` left beside `path`; the old one returns where none was in place."""
+    partial, old = _beside(path)
+    if old.exists() and not path.exists():
+        os.rename(old, path)
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def is_partial(path: Path) -> bool:
@@ -53,3 +62,8 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Where the new folder is written, and where the old one waits until the new one is in its place."""
+    return path.with_name(f".{path.name}.new.tmp"), path.with_name(f".{path.name}.old.tmp")

@@ -16,7 +16,7 @@ import torch
 from rlhf_env.errors import ConfigError, NonFiniteError
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.preferences.comparisons import read_comparisons
-from rlhf_env.records.atomic import write_folder_atomic
+from rlhf_env.records.atomic import settle_folder, write_folder_atomic
 from rlhf_env.records.checkpoint import (
     flatten_state,
     latest_checkpoint,
@@ -259,6 +259,7 @@ def _save(run: Run, agent: Agent | OfflineAgent, parts: Parts, spent: Spent) -> 
 
 def _restore(config: TrainConfig, run: Run, agent: Agent | OfflineAgent, parts: Parts) -> Spent:
     """Put policy, agent, β and random state back as the newest checkpoint has them; rows logged since are dropped."""
+    settle_folder(run.best)
     path, spent = latest_checkpoint(run.checkpoints), Spent()
     if path is not None:
         checkpoint = load_checkpoint(path)

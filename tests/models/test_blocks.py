@@ -86,6 +86,9 @@ def test_whole_distributions_are_those_of_hugging_face(name):
     (ours, values), (theirs, theirs_values) = (p.response_log_probs(rollout) for p in (policy, plain(policy)))
     mask = rollout.response_mask
     require_same((ours[mask], values[mask]), (theirs[mask], theirs_values[mask]), 1e-10)
+    logp = ours.gather(-1, rollout.response_ids.unsqueeze(-1)).squeeze(-1)
+    evaluated_logp, evaluated_values, _ = policy.evaluate(rollout)
+    require_same((logp[mask], values[mask]), (evaluated_logp[mask], evaluated_values[mask]), 1e-10)
 
 
 def test_rotations_with_scaled_frequencies_are_those_of_hugging_face():

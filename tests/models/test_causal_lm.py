@@ -200,10 +200,14 @@ def test_left_padded_by_hand():
     assert mask.tolist() == [[False], [False]], "rows without tokens pad the sequences of a recurrent policy"
 
 
-def test_dropout_never_turns_on():
+@pytest.mark.parametrize("path", ["blocks", "Hugging Face"])
+def test_dropout_never_turns_on(path):
     config = tiny_config("gpt2", 12)
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.5
     policy = CausalLM.from_config(config, char_tokenizer("abcdefghijkl", special=False))
+    if path == "Hugging Face":
+        policy.model.register_forward_hook(lambda *_: None)  # with which it is not run block by block
+    assert (policy.body is None) == (path == "Hugging Face")
     policy.train()
     ids = torch.tensor([[1, 2, 3]])
     first, second = (policy(ids, torch.ones_like(ids).bool())[0] for _ in range(2))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from rlhf_env.records.atomic import is_partial, write_atomic, write_folder_atomic
+from rlhf_env.records.atomic import is_partial, settle_folder, write_atomic, write_folder_atomic
 
 
 def writing(text: str):
@@ -66,3 +67,35 @@ def test_a_file_is_there_whole(tmp_path):
     write_atomic(tmp_path / "file", b"one")
     write_atomic(tmp_path / "file", b"two")
     assert (tmp_path / "file").read_bytes() == b"two" and list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2], ids=["while it is filled", "between the renames", "before it clears up"])
+def test_after_a_kill_a_folder_is_whole_and_nothing_is_beside_it(renames, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def fill(text: str):
+        return lambda folder: (folder / "file").write_text(text)
+
+    write_folder_atomic(tmp_path / "best", fill("old"))
+    done, rename, remove = [], os.rename, shutil.rmtree
+
+    def renamed(*places):
+        if len(done) == renames:
+            raise Killed
+        done.append(rename(*places))
+
+    def removed(place, **kwargs):
+        if len(done) == 2:
+            raise Killed
+        remove(place, **kwargs)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    with pytest.raises(Killed):
+        write_folder_atomic(tmp_path / "best", fill("new"))
+    monkeypatch.undo()
+    assert any(is_partial(path) for path in tmp_path.iterdir())
+    settle_folder(tmp_path / "best")
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert (tmp_path / "best" / "file").read_text() == ("new" if renames == 2 else "old")
