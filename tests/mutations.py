@@ -175,7 +175,7 @@ MUTATIONS = [
         "rlhf_env/models/reading.py",
         "expand(len(rollout), t)\n",
         "expand(len(rollout), t) + rollout.law.min_new_tokens\n",
-        f"{PPO}::test_with_learning_rate_zero_the_policy_stays_itself_for_a_whole_run",
+        f"{DECODING}::test_log_probs_and_values_equal_the_teacher_forced_pass",
     ),
     Mutation(
         "minimum length missing from the environment's reference",
@@ -299,6 +299,20 @@ MUTATIONS = [
         f"{DECODING}::test_a_model_that_keeps_a_state_is_decoded_without_a_cache",
     ),
     # --- the transformer, block by block
+    Mutation(
+        "temperature missing from the pass over hidden states",
+        "rlhf_env/models/reading.py",
+        "logits = rollout.law.logits(raw, t)",
+        "logits = rollout.law.logits(raw * rollout.law.temperature, t)",
+        f"{DECODING}::test_log_probs_and_values_equal_the_teacher_forced_pass",
+    ),
+    Mutation(
+        "minimum length missing from the pass over hidden states",
+        "rlhf_env/models/reading.py",
+        "logits = rollout.law.logits(raw, t)",
+        "logits = rollout.law.logits(raw, t + rollout.law.min_new_tokens)",
+        f"{DECODING}::test_log_probs_and_values_equal_the_teacher_forced_pass",
+    ),
     Mutation(
         "a decoded token sees beyond its row's end",
         "rlhf_env/models/decoding.py",

@@ -21,7 +21,7 @@ from rlhf_env.models.reading import left_padded
 from rlhf_env.models.tiny import tiny_config
 from rlhf_env.text.tokenizers import byte_tokenizer, char_tokenizer
 from rlhf_env.types import Rollout, SamplingLaw
-from tests.builders import make_env, make_rollout, random_model
+from tests.builders import PATHS, make_env, make_rollout, random_model, read_by
 
 FAMILIES = ("gpt2", "llama")
 
@@ -64,10 +64,11 @@ def test_without_position_ids_left_padding_would_matter(family):
     assert difference > 0.01 if family == "gpt2" else difference < 1e-4
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_observations_of_the_environment_give_the_same_log_probs(family):
+def test_observations_of_the_environment_give_the_same_log_probs(family, path):
     """Right-padded rows, as the environment shows them, are the same states."""
-    policy = random_model(family)
+    policy = read_by(random_model(family), path)
     rows = [([3, 4, 5], [6, 7]), ([8], [9, 1])]  # states of 4 and 2 tokens
     obs = {k: np.zeros((2, 10), dtype=np.int64) for k in ("input_ids", "attention_mask", "response_mask")}
     for i, (prompt, response) in enumerate(rows):
@@ -200,14 +201,11 @@ def test_left_padded_by_hand():
     assert mask.tolist() == [[False], [False]], "rows without tokens pad the sequences of a recurrent policy"
 
 
-@pytest.mark.parametrize("path", ["blocks", "Hugging Face"])
+@pytest.mark.parametrize("path", PATHS)
 def test_dropout_never_turns_on(path):
     config = tiny_config("gpt2", 12)
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.5
-    policy = CausalLM.from_config(config, char_tokenizer("abcdefghijkl", special=False))
-    if path == "Hugging Face":
-        policy.model.register_forward_hook(lambda *_: None)  # with which it is not run block by block
-    assert (policy.body is None) == (path == "Hugging Face")
+    policy = read_by(CausalLM.from_config(config, char_tokenizer("abcdefghijkl", special=False)), path)
     policy.train()
     ids = torch.tensor([[1, 2, 3]])
     first, second = (policy(ids, torch.ones_like(ids).bool())[0] for _ in range(2))
@@ -282,7 +280,8 @@ def test_more_tokens_than_embedding_rows():
         CausalLM.from_config(tiny_config("gpt2", 5), char_tokenizer("abcdefghijkl", special=False))
 
 
-def test_poisoned_generation_config_changes_nothing(tmp_path):
+@pytest.mark.parametrize("path", PATHS)
+def test_poisoned_generation_config_changes_nothing(tmp_path, path):
     """Sampling settings come from the law alone, whatever the folder's generation_config.json says."""
     from rlhf_env.models.sampling import sample_responses
 
@@ -290,7 +289,7 @@ def test_poisoned_generation_config_changes_nothing(tmp_path):
     policy.save_pretrained(tmp_path)
     law = make_rollout(policy, [[5]], [[6]]).law
     arguments = {"max_new_tokens": 12, "seeds": [[i] for i in range(8)]}
-    clean = sample_responses(CausalLM.from_pretrained(tmp_path), [[5, 6]] * 8, law, **arguments)
+    clean = sample_responses(read_by(CausalLM.from_pretrained(tmp_path), path), [[5, 6]] * 8, law, **arguments)
     poison = {
         "do_sample": True,
         "top_p": 0.33,
@@ -300,6 +299,6 @@ def test_poisoned_generation_config_changes_nothing(tmp_path):
         "bos_token_id": 7,
     }
     (tmp_path / "generation_config.json").write_text(json.dumps(poison))
-    poisoned = sample_responses(CausalLM.from_pretrained(tmp_path), [[5, 6]] * 8, law, **arguments)
+    poisoned = sample_responses(read_by(CausalLM.from_pretrained(tmp_path), path), [[5, 6]] * 8, law, **arguments)
     assert torch.equal(clean.response_ids, poisoned.response_ids)
     assert torch.equal(clean.logp, poisoned.logp)

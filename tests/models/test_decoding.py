@@ -17,7 +17,7 @@ from rlhf_env.models.decoding import BlockDecoder, CachedDecoder, FullContextDec
 from rlhf_env.models.sampling import Samples, sample_responses
 from rlhf_env.text.tokenizers import char_tokenizer
 from rlhf_env.types import Decoder, SamplingLaw
-from tests.builders import make_rollout, random_model
+from tests.builders import PATHS, make_rollout, random_model, read_by
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 1, 2, 3, 4], [2, 2], [7, 1], [3], [6, 5, 4, 3, 2], [1]]
 
@@ -55,15 +55,16 @@ def test_cached_equals_uncached_through_refills(family, dtype, tolerance, backen
     assert len(set(cached.response_mask.sum(1).tolist())) > 2, "rows must finish at different times to test refills"
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_log_probs_and_values_equal_the_teacher_forced_pass(family):
+def test_log_probs_and_values_equal_the_teacher_forced_pass(family, path):
     """The first ratio of PPO is 1: what the sampler says is what the update's forward says, values included."""
-    policy = random_model(family)
+    policy, law = read_by(random_model(family), path), SamplingLaw(11, 9, 0.7, min_new_tokens=2, banned_tokens=(8, 10))
     torch.nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(0))
-    drawn = sample(policy, law=SamplingLaw(11, 9, temperature=0.7, banned_tokens=(8, 10)))
+    drawn = sample(policy, law=law)
     responses = [ids[mask].tolist() for ids, mask in zip(drawn.response_ids, drawn.response_mask, strict=True)]
     rollout = make_rollout(policy, PROMPTS, responses)
-    object.__setattr__(rollout, "law", SamplingLaw(11, 9, temperature=0.7, banned_tokens=(8, 10)))
+    object.__setattr__(rollout, "law", law)
     logp, values, _ = policy.evaluate(rollout)
     mask = drawn.response_mask
     torch.testing.assert_close(drawn.logp[mask], logp[mask], atol=1e-4, rtol=0)
