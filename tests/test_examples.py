@@ -11,6 +11,7 @@ import pytest
 import torch
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 
+from rlhf_env.lab.grid import GridConfig, cells
 from rlhf_env.records.config import build, override_layer, read_layer, to_dict
 from rlhf_env.training.config import PipelineConfig
 from rlhf_env.training.pipeline import plan
@@ -146,7 +147,12 @@ def test_every_pipeline_plans_its_stages(name, overrides, stages):
     assert list(planned(FOLDER / name, *overrides)) == stages
 
 
-def test_every_pipeline_is_planned_by_a_test_here():
+def test_the_grid_has_fifty_runs():
+    grid = build(GridConfig, read_layer(FOLDER.joinpath("grid.yaml")))
+    assert len(cells(grid)) == 50
+
+
+def test_every_file_of_settings_is_read_by_a_test_here():
     here = Path(__file__).read_text(encoding="utf-8")
     assert [path.name for path in FOLDER.glob("*.yaml") if f'("{path.name}"' not in here] == []
 
@@ -262,6 +268,15 @@ def test_ilql_finds_the_shortest_paths_where_imitation_walks_on(example):
 def test_optimism_compares_four_second_rounds(example):
     lines = example("optimism.py", "--worlds", 2, "--comparisons", 20)
     assert [row[3] for row in lines[2:]] == ["the", "bonus", "bonus", "bonus"]
+
+
+def test_exploration_compares_each_schedule_with_none(example):
+    text = [" ".join(words) for words in example("exploration.py", "--worlds", 0, "--tokens", 3000)]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text[2:]]
+    golds = ("smooth", "needle, 1 in 1,000", "needle, 1 in 100,000")
+    assert [row[0] for row in rows] == [gold for gold in golds for _ in range(6)]
+    assert all(row[4] == "0.0%" for row in rows if "entropy_coef 0 →" in row[1] or "explore 1 →" in row[1])
+    assert all(percent(row[2]) < 1 for row in rows) and percent(rows[0][2]) > 0.1 > percent(rows[-1][2])
 
 
 def test_kl_estimators_agree_with_what_is_known_of_them(example):

@@ -155,7 +155,7 @@ def test_a_table_of_seeds_has_means_with_students_t(capsys, monkeypatch):
         (["FILE", "--out", "x", "train.policy=p"], "train.policy is what the pipeline connects its stages by"),
         (["FILE", "--out", "x", "--until", "rewrd"], "there is no stage 'rewrd' to stop after"),
         (["FILE", "--out", "x", "--until", "sft", "--seeds", "0,1"], "--until stops a single pipeline"),
-        (["FILE", "--out", "x", "--seeds", "1-0"], "--seeds '1-0'"),
+        (["FILE", "--out", "x", "--seeds", "1-0"], "seeds '1-0'"),
         (["FILE", "--out", "x", "gold=vadr"], "unknown reward model 'vadr'"),
         (["FILE", "--out", "x", "demonstrations=none.txt"], "none.txt: No such file"),
     ],
