@@ -301,7 +301,7 @@ class CausalLM(nn.Module):
         place = (column[-keep:] - before) % length  # [B, keep]
         row = torch.arange(len(place), device=place.device).unsqueeze(1)
         if body is not None:
-            width = int(attention_mask.sum(1).max())  # all padding aside, the longest row fits the context
+            width = max(1, int(attention_mask.sum(1).max()))  # all padding aside, the longest row fits the context
             hidden = body(input_ids.gather(1, order[:, :width]), lambda x: x[row, place.clamp(max=width - 1)])
             return self._logits(hidden), hidden
         positions = (attention_mask.gather(1, order).long().cumsum(-1) - 1).clamp(min=0)

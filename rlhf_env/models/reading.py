@@ -45,7 +45,7 @@ def evaluate_states(
     are there at once: with a gradient, those of other parts are made again when it is their turn.
     """
     size = max(1, _LOGITS // rollout.law.vocab_size)
-    count = -(-len(row) // size)
+    count = max(1, -(-len(row) // size))
 
     def part(hidden: Tensor, row: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raw, values = heads(hidden)

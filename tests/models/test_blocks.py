@@ -269,3 +269,11 @@ def test_padding_holds_zeros():
     policy = random_model()
     rollout = make_rollout(policy, PROMPTS, RESPONSES)
     assert all((x[~rollout.response_mask] == 0).all() for x in policy.evaluate(rollout))
+
+
+def test_nothing_but_padding_is_read_too():
+    policy = random_model()
+    rollout = make_rollout(policy, [[1, 2], [3]], [[], []], right=2)
+    assert all(x.shape == (2, 2) and not x.any() for x in policy.evaluate(rollout))
+    logits, _ = policy(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.bool))
+    assert logits.shape == (2, 3, 11) and logits.isfinite().all()
