@@ -81,8 +81,7 @@ def run_in_world(config: WorldConfig, out: Path) -> dict[str, Any]:
     envs = TextGenerationVectorEnv(config.num_envs, **trained)
     measured = TextGenerationVectorEnv(config.num_envs, **kwargs)
 
-    def measure() -> dict[str, float]:
-        best_of = getattr(agent, "best_of", 1)
+    def measure(best_of: int) -> dict[str, float]:
         if isinstance(world, EnumerableWorld):
             with torch.no_grad():
                 log_probs = world.best_of_n(best_of) if best_of > 1 else world.sequence_log_probs(agent.policy)
@@ -91,14 +90,15 @@ def run_in_world(config: WorldConfig, out: Path) -> dict[str, Any]:
             return known | {"gain": world.gain(log_probs, beta)}
         return evaluate(agent.policy, measured, episodes=config.eval_episodes, gold=gold, best_of=best_of).metrics
 
-    before, run = measure(), Run.create(out, to_dict(config))
+    before, run = measure(1), Run.create(out, to_dict(config))
     row: dict[str, float] = {}
+    best_of = getattr(agent, "best_of", 1)
     budget: dict[str, Any] = config.budget
     for row in train(agent, envs, **budget, seed=config.seed):
         if config.eval_every and row["update"] % config.eval_every == 0:
-            row |= {f"eval_{name}": x for name, x in measure().items() if not name.startswith("reference_")}  # noqa: PLW2901
+            row |= {f"eval_{name}": x for name, x in measure(best_of).items() if not name.startswith("reference_")}  # noqa: PLW2901
         run.log(row)
-    after = measure()
+    after = measure(best_of)
     twice = {f"{name}_before": before[name] for name in ("gold", "score")}
     twice |= {f"{name}_after": after[name] for name in ("gold", "score")}
     rest = {name: x for name, x in after.items() if name not in ("gold", "score") and not name.startswith("reference_")}

@@ -190,7 +190,7 @@ class Body:
     def _block(self, block: Any, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values of a block, and what it makes of x [B, L, D]."""
         family, length = self.family, x.shape[1]
-        q, k, v = (y.transpose(1, 2) for y in self.heads(block, x, rotation))
+        q, k, v = (y.transpose(1, 2) for y in self.qkv(block, x, rotation))
         window = family.window(block)
         seen = None if window is None or window >= length else _band(length, window, x.device)
         attended = scaled_dot_product_attention(
@@ -204,7 +204,7 @@ class Body:
         )
         return k, v, family.finish(block, x, attended.transpose(1, 2).flatten(2))
 
-    def heads(self, block: Any, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: Any, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [..., heads, size], keys and values [..., kv heads, size] of a block's input [..., D], rotated."""
         q, k, v = self.family.project(block, x)
         return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)

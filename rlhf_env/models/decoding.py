@@ -240,7 +240,7 @@ class BlockDecoder:
         unseen = column > position.unsqueeze(1)  # [N, columns]
         ragged = bool(unseen.any())
         for block, stored in zip(family.blocks, self.storage, strict=True):
-            q, *new = body.heads(block, x, rotation)  # [N, heads, size]
+            q, *new = body.qkv(block, x, rotation)  # [N, heads, size]
             for kept, token in zip(stored, new, strict=True):
                 if ragged:
                     self._by_row(kept)[row, :, position] = token

@@ -104,7 +104,9 @@ def test_best_of_n_in_the_enumerable_world_is_its_exact_distribution(tmp_path):
     settings = {"n": 4, "draws": 4, "prompts": 2}
     config = WorldConfig("enumerable", agent="best_of_n", updates=1, settings=settings, **SMALL)
     world = EnumerableWorld.make(0, **SMALL)
-    assert run_in_world(config, tmp_path / "run")["gain"] == pytest.approx(world.gain(world.best_of_n(4)), abs=1e-9)
+    summary = run_in_world(config, tmp_path / "run")
+    assert summary["gain"] == pytest.approx(world.gain(world.best_of_n(4)), abs=1e-9)
+    assert summary["gold_before"] == pytest.approx(float(world.expected_gold(world.ref_log_probs)), abs=1e-6)
 
 
 def test_a_run_in_the_keywords_world_maximises_the_proxy_and_measures_gold(tmp_path):
