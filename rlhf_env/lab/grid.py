@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,9 @@ def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
 
     folder = out / cell.folder
     begun = (folder / "config.yaml").is_file()
-    if begun and (changed := changed_settings(cell.config, folder)):
+    budget: dict[str, Any] = cell.config.budget  # which a training run writes down, also where it is the default
+    settings = replace(cell.config, **budget) if isinstance(cell.config, TrainConfig) else cell.config
+    if begun and (changed := changed_settings(settings, folder)):
         raise ConfigError(f"{folder} holds a run with another {', '.join(changed)}: give the grid another --out")
     if Run(folder).finished:
         return Run(folder).summary

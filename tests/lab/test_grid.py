@@ -152,15 +152,17 @@ class Counted:
         return self.function(config, out)
 
 
-def test_a_training_run_goes_on_from_its_checkpoint(tmp_path):
+@pytest.mark.parametrize("budget", [{"updates": 2}, {}], ids=["its own budget", "the default one"])
+def test_a_training_run_goes_on_from_its_checkpoint(budget, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf_env.training.config.DEFAULT_TOKENS", 33)  # two updates of 32 tokens
     write_letter_files(tmp_path)
     files = {
         "policy": str(tmp_path / "policy"),
         "prompts": str(tmp_path / "prompts.txt"),
         "reward": "tests.builders:letter_score",
-        "env": {"max_new_tokens": 4},
+        "env": {"max_new_tokens": 4, "min_new_tokens": 4},
     }
-    run = {"updates": 2, "num_envs": 4, "eval_episodes": 4, "checkpoint_every": 1, "settings": {"batch_size": 8}}
+    run = {**budget, "num_envs": 4, "eval_episodes": 4, "checkpoint_every": 1, "settings": {"batch_size": 8}}
     (cell,) = cells(GridConfig(agents={"ppo": {}}, worlds={"letters": files}, seeds="0", run=run))
     first = run_cell(cell, tmp_path / "grid")
     folder = tmp_path / "grid" / cell.folder
