@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rlhf_env import processes
 from rlhf_env.errors import ConfigError
 from rlhf_env.functional import dpo_loss, implicit_reward
 from rlhf_env.models.descent import Descent, passes, require_finite_logp
@@ -97,12 +98,13 @@ def pair_step(
     def loss_of(part: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         batch = pairs[part].to(device)
         first, second = (log_ratio(policy, each, part.to(device)) for each in (batch.first, batch.second))
-        seen.append(torch.stack([first, second]).detach().to(rows.device))
+        seen.append(torch.stack([first, second]).detach().cpu())
         mean = loss(first, second, batch).mean()
         return mean, {"loss": mean}
 
     metrics = descent.step(loss_of, rows, micro_batch_size=micro_batch_size)
-    preference, log_ratios = pairs.preference[rows], torch.cat(seen, dim=1)
+    everyone = [each for those in processes.gather(seen) for each in those]
+    preference, log_ratios = pairs.preference[rows], torch.cat(everyone, dim=1).to(rows.device)
     untied = preference != 0.5
     first, second = log_ratios[:, untied]
     is_first = preference[untied] > 0.5

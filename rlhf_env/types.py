@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlhf_env.errors import ConfigError, DataError, NonFiniteError
 
@@ -186,6 +187,26 @@ class Rollout:
             law=law,
             candidates=torch.full((b, t, 1), -1) if law.truncates else None,
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rollout], pad_token_id: int = 0) -> Rollout:
+        """The episodes of all `parts`, which follow one law, one after another and padded alike."""
+        if len(parts) == 1:
+            return parts[0]
+        p, t = (max(getattr(part, name).shape[1] for part in parts) for name in ("prompt_ids", "response_ids"))
+        k = max(0 if part.candidates is None else part.candidates.shape[2] for part in parts)
+
+        def widened(part: Rollout, name: str) -> Tensor:
+            value, blank = getattr(part, name), pad_token_id if name.endswith("_ids") else 0
+            if name.startswith("prompt_"):
+                return pad(value, (p - value.shape[1], 0), value=blank)
+            if name == "candidates":
+                return pad(value, (0, k - value.shape[2], 0, t - value.shape[1]), value=-1)
+            return pad(value, (0, t - value.shape[1]), value=blank) if name in _BY_TOKEN else value
+
+        names = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
+        whole: dict[str, Any] = {name: torch.cat([widened(part, name) for part in parts]) for name in names}
+        return cls(**whole, law=parts[0].law)
 
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -80,4 +81,27 @@ def _run(function: Callable[..., Any], args: Any, err: Path | None) -> None:
     for number, target in ((1, os.devnull), (2, os.devnull if err is None else err)):
         with open(target, "ab", buffering=0) as file:
             os.dup2(file.fileno(), number)
+    function(*args)
+
+
+def start_together(count: int, function: Callable[..., Any], *args: Any, err: Path | None = None) -> list[BaseProcess]:
+    """`function` in `count` processes, as `torchrun` would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(_as_rank, rank, count, port, function, *args, err=err) for rank in range(count)]
+
+
+def run_together(count: int, function: Callable[..., Any], *args: Any, err: Path | None = None) -> None:
+    """The same, until all have ended well."""
+    processes = start_together(count, function, *args, err=err)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * count, "" if err is None else err.read_text()
+
+
+def _as_rank(rank: int, count: int, port: int, function: Callable[..., Any], *args: Any) -> None:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
+    os.environ.update({name: str(value) for name, value in {**place, **where}.items()})
     function(*args)

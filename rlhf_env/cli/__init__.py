@@ -15,7 +15,8 @@ from rlhf_env.cli.pipeline import MORE_TO_PIPELINE, inspect, pipeline
 from rlhf_env.cli.preferences import preferences
 from rlhf_env.cli.stages import MORE_TO_PREFER, MORE_TO_REWARD, MORE_TO_SFT, prefer, reward, sft
 from rlhf_env.cli.train import MORE_TO_TRAIN, train
-from rlhf_env.errors import RLHFEnvError
+from rlhf_env.errors import ConfigError, RLHFEnvError
+from rlhf_env.processes import started_by_torchrun
 from rlhf_env.records.safe_text import safe_text
 
 app = typer.Typer(
@@ -48,10 +49,14 @@ def main() -> None:
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on two threads, and results depend on it
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    several = started_by_torchrun() > 1
     try:
+        if several and "train" not in sys.argv[1:2]:
+            raise ConfigError("only `rlhf-env train` works in several processes: start this without torchrun")
         app(prog_name="rlhf-env")
     except (RLHFEnvError, OSError) as error:
-        print(f"error: {safe_text(str(error))}", file=sys.stderr)
+        where = f"[process {os.environ.get('RANK')}] " if several else ""
+        print(f"{where}error: {safe_text(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from rlhf_env import processes
 from rlhf_env.cli import settings as cli
 from rlhf_env.errors import ConfigError
 from rlhf_env.training.config import BUDGETS, TrainConfig
@@ -79,34 +80,46 @@ def train(
             f"rlhf-env agents {settings.agent}",
             file=sys.stderr,
         )
-    try:
-        with watch_training(settings) as on_update:
-            summary = run_training(settings, out, resume=resume, on_update=on_update)
-    except KeyboardInterrupt as error:
-        if not Run(out).finished:
-            print(_how_to_go_on(settings, out), file=sys.stderr)
-            raise typer.Exit(exit_code(error)) from None
-        summary = Run(out).summary  # the signal came too late to end anything
-        write_report(out)
-    print_summary(summary, out)
+    with processes.together(settings.device) as count:
+        leads = processes.rank() == 0
+        if leads and count > 1:
+            print(f"{count} processes train one policy, each on its share of every batch", file=sys.stderr)
+        try:
+            with watch_training(settings) as on_update:
+                summary = run_training(settings, out, resume=resume, on_update=on_update)
+        except KeyboardInterrupt as error:
+            if not Run(out).finished:
+                if leads:
+                    print(_how_to_go_on(settings, out, count), file=sys.stderr)
+                raise typer.Exit(exit_code(error)) from None
+            summary = Run(out).summary  # the signal came too late to end anything
+            write_report(out)
+    if leads:
+        print_summary(summary, out)
 
 
-def _how_to_go_on(config: TrainConfig, out: Path) -> str:
+def _how_to_go_on(config: TrainConfig, out: Path, count: int) -> str:
     from rlhf_env.training.agents import is_sb3
 
     if is_sb3(config.agent):
         return f"interrupted; runs of {config.agent} cannot be resumed, only begun anew"
     if (out / "config.yaml").is_file():
-        return f"interrupted; to continue: rlhf-env train --resume --out {shlex.quote(str(out))}"
+        start = "rlhf-env" if count == 1 else f"torchrun --nproc-per-node {count} -m rlhf_env"
+        return f"interrupted; to continue: {start} train --resume --out {shlex.quote(str(out))}"
     return "interrupted before there was anything to keep"
 
 
 @contextmanager
 def watch_training(config: TrainConfig) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that shows each row of a run, and lets a signal that came meanwhile end the run after it."""
+    """A function that shows each row of a run, and lets a signal that came meanwhile end the run after it.
+
+    Where several processes work together, the first of them shows it.
+    """
     from rlhf_env.cli.show import training_progress
 
-    with training_progress(config.budget) as show, postponed_signals() as raise_if_asked:
+    silent = nullcontext(lambda row: None)
+    showing = training_progress(config.budget) if processes.rank() == 0 else silent
+    with showing as show, postponed_signals() as raise_if_asked:
 
         def on_update(row: dict[str, Any]) -> None:
             show(row)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, Self
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlhf_env import processes
 from rlhf_env.errors import ConfigError, NonFiniteError
 from rlhf_env.settings import BradleyTerryConfig, SFTConfig
 
@@ -84,29 +84,36 @@ class Descent:
         """One step on the loss of `rows` [M], computed `micro_batch_size` rows at a time (0: all at once).
 
         `weight` [B] says how much each row counts in the mean that the loss is (its tokens, say; none: all alike), so
-        that the gradient is that of all rows at once. Returns the metrics' means (of those called `max_…` the largest)
-        and `gradient_norm`, before it was clipped. Raises `NonFiniteError`, with no weight touched, where the loss or
-        its gradient is not finite.
+        that the gradient is that of all rows at once; where several `processes` work together, each computes its share
+        of them, with the same result. Returns the metrics' means (of those called `max_…` the largest; of one that
+        weighs rows differently, as a mean over tokens does without `weight`, the mean of its parts) and
+        `gradient_norm`, before it was clipped. Raises `NonFiniteError`, with no weight touched, where the loss or its
+        gradient is not finite.
         """
-        for p in self.parameters:
-            p.grad = None
         weights = torch.ones_like(rows) if weight is None else weight[rows]
-        found: defaultdict[str, float] = defaultdict(float)
-        size = micro_batch_size or len(rows)
-        for part, part_weights in zip(rows.split(size), weights.split(size), strict=True):
-            share = part_weights.sum().item() / weights.sum().item()
-            loss, metrics = loss_of(part)
-            if not torch.isfinite(loss):
-                raise NonFiniteError(
-                    f"the loss of {_named(part)} became non-finite in update {self.updates}; the step was not taken"
-                )
-            (loss * share).backward()
-            for name, value in metrics.items():
-                is_max = name.startswith("max_")
-                found[name] = max(found[name], value.item()) if is_max else found[name] + value.item() * share
-        for master, p in zip(self.masters, self.parameters, strict=True):
-            master.grad = None if p.grad is None else p.grad.to(master.dtype)
-        norm = nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
+        mine, total = processes.share(len(rows)), weights.sum().item()
+
+        def learn() -> list[tuple[float, dict[str, float]]]:
+            """The gradient of this process's rows; of each part of them its share of all rows, and its metrics."""
+            for p in self.parameters:
+                p.grad = None
+            seen, size = [], micro_batch_size or len(rows)
+            for part, part_weights in zip(rows[mine].split(size), weights[mine].split(size), strict=True):
+                if not len(part):  # there are more processes than rows
+                    continue
+                share = part_weights.sum().item() / total
+                loss, metrics = loss_of(part)
+                if not torch.isfinite(loss):
+                    raise NonFiniteError(
+                        f"the loss of {_named(part)} became non-finite in update {self.updates}; the step was not taken"
+                    )
+                (loss * share).backward()
+                seen.append((share, {name: value.item() for name, value in metrics.items()}))
+            return seen
+
+        found = _over_parts([part for seen in processes.in_all(learn) for part in seen])
+        gradients = self._gradients()
+        norm = nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient of {_named(rows)} became non-finite in update {self.updates}; the step was not taken"
@@ -119,6 +126,20 @@ class Descent:
                 if master is not p:
                     p.copy_(master)
         return {**found, "gradient_norm": norm.item()}
+
+    def _gradients(self) -> list[Tensor]:
+        """The gradient of all processes' rows, for every weight that has one, where the optimizer looks for it."""
+        for master, p in zip(self.masters, self.parameters, strict=True):
+            master.grad = None if p.grad is None else p.grad.to(master.dtype)
+        if processes.count() > 1:
+            has = torch.tensor([m.grad is not None for m in self.masters], dtype=torch.float32)
+            processes.add_up([has := has.to(self.masters[0].device)])
+            for master, others in zip(self.masters, has.tolist(), strict=True):
+                if others and master.grad is None:
+                    master.grad = torch.zeros_like(master)
+        gradients = [m.grad for m in self.masters if m.grad is not None]
+        processes.add_up(gradients)
+        return gradients
 
     def state_dict(self) -> dict[str, Any]:
         """Adam's state, the copies in float32 if there are any, and the number of updates begun."""
@@ -165,10 +186,24 @@ def passes(
         yield step, steps, torch.from_numpy(order[part * batch_size : (part + 1) * batch_size])
 
 
+def _is_max(name: str) -> bool:
+    return name.startswith("max_")
+
+
+def _over_parts(parts: Sequence[tuple[float, dict[str, float]]]) -> dict[str, float]:
+    """The metrics of all rows from those of their parts, each with its share of the rows."""
+    return {
+        name: max(metrics[name] for _, metrics in parts)
+        if _is_max(name)
+        else sum(metrics[name] * share for share, metrics in parts)
+        for name in parts[0][1]
+    }
+
+
 def mean_metrics(steps: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mean of each metric over gradient steps; the largest of those called `max_…`."""
     return {
-        name: float((np.max if name.startswith("max_") else np.mean)([step[name] for step in steps]))
+        name: float((np.max if _is_max(name) else np.mean)([step[name] for step in steps]))
         for name in (steps[0] if steps else {})
     }
 

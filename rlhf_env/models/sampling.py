@@ -40,6 +40,7 @@ def sample_responses(
     reference: Policy | None = None,
     stop: Callable[[Sequence[int], list[int]], bool] | None = None,
     progress: Callable[[int], None] | None = None,
+    first: int = 0,
 ) -> Samples:
     """One response to each prompt, decoded `num_rows` at a time; a finished row is refilled with the next prompt.
 
@@ -47,7 +48,7 @@ def sample_responses(
     `seeds[i]` (any sequence of integers), not on `num_rows` or its neighbours. `max_new_tokens` is one number, or one
     for each prompt. Where the law truncates, `reference` says what may be written. `stop(prompt, response)` may end a
     response on the token ids so far, EOS and length aside; `progress` is told how many more are finished. Raises
-    `NonFiniteError` naming the prompt whose distribution broke.
+    `NonFiniteError` naming the prompt whose distribution broke, where `first` is the number of the first.
     """
     total, limit = len(prompts), np.broadcast_to(np.asarray(max_new_tokens), len(prompts))
     most = int(limit.max())
@@ -83,8 +84,8 @@ def sample_responses(
             row = int(np.flatnonzero(~np.isfinite(chosen))[0])
             raise NonFiniteError(
                 f"the {'policy or reference' if law.truncates else 'policy'}'s log-probabilities are not finite for "
-                f"prompt {owner[row]} at response token {t[row]}: its weights hold NaN or infinity, or its logits "
-                "overflow"
+                f"prompt {first + owner[row]} at response token {t[row]}: its weights hold NaN or infinity, or its "
+                "logits overflow"
             )
         drawn = tokens.cpu().numpy()
         ids[owner, t], logp[owner, t], values[owner, t] = drawn, chosen, decoder.values.cpu().numpy()

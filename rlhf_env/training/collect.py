@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_env import processes
 from rlhf_env.envs.binding import find_cores
+from rlhf_env.envs.core import TokenMDP
 from rlhf_env.envs.task import TextTask
 from rlhf_env.errors import ConfigError, NegativeKLWarning, PromptTooLongError, TokenizerError
 from rlhf_env.functional import token_rewards
-from rlhf_env.models.sampling import sample_responses
+from rlhf_env.models.sampling import Samples, sample_responses
 from rlhf_env.models.scoring import teacher_forced_logp
 from rlhf_env.text.codec import Codec
 from rlhf_env.types import Policy, Rollout
@@ -44,6 +46,8 @@ def collect(
     Episode i depends only on `seed`, `start + i`, its prompt and `stream`, whose number keeps independent answers to
     the same prompts apart. `envs` is a `TextGenerationVectorEnv` (its `num_envs` rows are decoded side by side) or any
     wrapper of one. `progress` is told how many more episodes are finished.
+
+    Where several `processes` work together, each writes and scores its share, and all of them get all episodes.
     """
     core = find_cores(envs)[0]
     task = core.task
@@ -74,19 +78,44 @@ def collect(
                 f"{len(ids)} tokens of prompt and {limit} of response exceed the policy's context of {context}"
             )
 
-    samples = sample_responses(
-        policy,
-        prompt_ids,
-        task.law,
-        max_new_tokens=limits,
-        seeds=[(seed, start + i, _SAMPLING_STREAM, *([stream] if stream else [])) for i in range(len(prompts))],
-        num_rows=core.num_slots,
-        greedy=greedy,
-        reference=task.reference,
-        stop=task.says_stop if task.stop_strings else None,
-        progress=progress,
-    )
-    ended = samples.ended
+    if len(prompts) < processes.count():
+        raise ConfigError(f"{len(prompts)} episodes cannot be shared among {processes.count()} processes")
+    mine = processes.share(len(prompts))
+    seeds = [(seed, start + i, _SAMPLING_STREAM, *([stream] if stream else [])) for i in range(len(prompts))]
+
+    def written() -> Rollout:
+        samples = sample_responses(
+            policy,
+            prompt_ids[mine],
+            task.law,
+            max_new_tokens=limits[mine],
+            seeds=seeds[mine],
+            num_rows=core.num_slots,
+            greedy=greedy,
+            reference=task.reference,
+            stop=task.says_stop if task.stop_strings else None,
+            progress=progress,
+            first=mine.start,
+        )
+        return _charged(policy, core, prompts[mine], prompt_ids[mine], samples)
+
+    device = getattr(policy, "device", torch.device("cpu"))
+    parts = processes.in_all(lambda: written().to(device if processes.count() == 1 else "cpu"))
+    rollout = Rollout.joined(parts, task.codec.pad_token_id).to(device)
+    if task.uses_reference and task.kl_mode != "off":
+        rollout.require_finite()
+        # The log-ratio of the most probable tokens is no estimate of the KL, and the reference's own KL steers nothing.
+        if not greedy and policy is not task.reference:
+            _alarm_on_negative(rollout.kl)
+            core.observe_kl(rollout.kl.tolist())
+    return rollout
+
+
+def _charged(
+    policy: Policy, core: TokenMDP, prompts: Sequence[str], prompt_ids: Sequence[Sequence[int]], samples: Samples
+) -> Rollout:
+    """Sampled responses with what the reward model and the reference say of them."""
+    task, ended = core.task, samples.ended
     responses = [row[m].tolist() for row, m in zip(samples.response_ids, samples.response_mask, strict=True)]
     lengths = samples.response_mask.numpy().sum(1)
     score, _ = task.score(prompts, prompt_ids, responses)
@@ -115,11 +144,7 @@ def collect(
     ).to(getattr(policy, "device", "cpu"))
     if task.uses_reference and task.kl_mode != "off":
         assert task.reference is not None
-        rollout = dataclasses.replace(rollout, ref_logp=teacher_forced_logp(task.reference, rollout)).require_finite()
-        # The log-ratio of the most probable tokens is no estimate of the KL, and the reference's own KL steers nothing.
-        if not greedy and policy is not task.reference:
-            _alarm_on_negative(rollout.kl)
-            core.observe_kl(rollout.kl.tolist())
+        rollout = dataclasses.replace(rollout, ref_logp=teacher_forced_logp(task.reference, rollout))
     return dataclasses.replace(rollout, reward=_rewards(task, rollout, token_score.to(rollout.logp)))
 
 

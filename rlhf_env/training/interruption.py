@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from rlhf_env import processes
+
 _SAID = b"\nfinishing what is running, to keep it; a second signal ends at once\n"
 _AGAIN = 0.5  # seconds between attempts, should somebody's `except:` swallow the first
 
@@ -36,8 +38,9 @@ def postponed_signals(grace: float = 4.0) -> Iterator[Callable[[], None]]:
     """Inside, SIGINT and SIGTERM wait for the next call of the function given, which raises `Interrupted` after one.
 
     Where none comes within `grace` seconds, or before the end, it is raised all the same; from then on the caller has
-    all the time it needs to clean up. A second signal raises `InterruptedAgain` at once. Only the main thread can
-    handle signals: in any other nothing changes.
+    all the time it needs to clean up. Where several `processes` work together, one that got a signal ends them all at
+    the same call. A second signal raises `InterruptedAgain` at once. Only the main thread can handle signals: in any
+    other nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
@@ -50,9 +53,9 @@ def postponed_signals(grace: float = 4.0) -> Iterator[Callable[[], None]]:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def raise_if_asked() -> None:
-        if came is not None:
+        if asked := [each for each in processes.gather(came) if each is not None]:
             disarm()
-            raise Interrupted(came)
+            raise Interrupted(asked[0])
 
     def on_alarm(signum: int, frame: FrameType | None) -> None:
         if came is not None and not isinstance(sys.exc_info()[1], Interrupted):  # that is on its way out already

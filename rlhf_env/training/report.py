@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rlhf_env import processes
 from rlhf_env.records.config import flat, to_dict
 from rlhf_env.records.safe_text import safe_text
 from rlhf_env.training.assemble import Parts
@@ -64,7 +65,7 @@ def summarize(
 
 
 def surroundings(device: str) -> dict[str, Any]:
-    """What a result depends on beside its settings: versions, threads and the device."""
+    """What a result depends on beside its settings: versions, processes, threads of each, and the device."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -72,7 +73,8 @@ def surroundings(device: str) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else platform.machine()
-    return {"threads": torch.get_num_threads(), "device": device, "device_name": name, "versions": versions}
+    working = {"processes": processes.count(), "threads": torch.get_num_threads()}
+    return {**working, "device": device, "device_name": name, "versions": versions}
 
 
 def paired_samples(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

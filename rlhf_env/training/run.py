@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rlhf_env import processes
 from rlhf_env.errors import ConfigError, NonFiniteError
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.preferences.comparisons import read_comparisons
@@ -61,17 +62,20 @@ def run_training(
     once it and, where one is due, its checkpoint are written; where it raises `Interrupted`, a checkpoint is written
     first. With `resume` the run in `out` continues from its newest complete checkpoint and becomes, bit for bit, the
     run that was never interrupted.
+
+    Where several `processes` work together, the first of them writes the folder, which all must be able to read when a
+    run is resumed, and shows the rows; the others return {}.
     """
+    leads = processes.rank() == 0
     config, out, began = dataclasses.replace(config, **config.budget), Path(out), time.perf_counter()
     sb3 = is_sb3(config.agent)
+    if sb3 and processes.count() > 1:
+        raise ConfigError(f"{config.agent} learns in one process: start it without torchrun")
     if sb3 and resume:
         raise ConfigError(f"{config.agent} keeps its state to itself, so its runs cannot be resumed: start a new one")
     check_agent(config)  # a mistake in the settings shows before any model is loaded
     require_dashboards(config.log_to)
-    if resume:
-        _require_same(config, out)
-    else:
-        require_free(out)
+    processes.in_first(lambda: _require_same(config, out) if resume else require_free(out))
     cls: Any = None if sb3 else agent_class(config.agent)
     parts = assemble(config, kl_mode=getattr(cls, "kl_mode", "reward"))
     data = None if config.data is None else _load_data(cls, config, parts)
@@ -92,9 +96,11 @@ def run_training(
             policy = policy_of()  # which some agents make anew each time that they are asked
             measured = measure(policy, best_of).metrics
             row |= {f"eval_{name}": value for name, value in measured.items() if not name.startswith("reference_")}
-            _keep_best(run, row, parts.eval_envs.beta, _model(policy, parts))
-        run.log(row)
-        tell(row)
+            if leads:
+                _keep_best(run, row, parts.eval_envs.beta, _model(policy, parts))
+        if leads:
+            run.log(row)
+            tell(row)
         return row
 
     tokens, updating, best_of, spent = 0, 0.0, 1, Spent()
@@ -110,14 +116,18 @@ def run_training(
     else:
         torch.manual_seed(config.seed)  # ours need no global randomness, but your agent may use some
         agent = cls(parts.policy, agent_config(cls, config.settings), seed=config.seed)
-        run = Run.open(out) if resume else Run.create(out, to_dict(config))  # from here on there is something to keep
+        # From here on there is something to keep.
+        run = processes.in_first(lambda: Run.open(out) if resume else Run.create(out, to_dict(config)))
         spent = _restore(config, run, agent, parts) if resume else spent
         tokens, best_of = spent.tokens, getattr(agent, "best_of", 1)
-        dashboards = open_dashboards(config.log_to, out, to_dict(config), start=spent.updates)
+        log_to = config.log_to if leads else ()
+        dashboards = open_dashboards(log_to, out, to_dict(config), start=spent.updates)
         with nullcontext() if resume else _no_folder_if_refused(run), dashboards as tell:
             _train(config, agent, data, parts, spent, run, finish_row, on_update)
         policy = agent.policy
     after = measure(policy, best_of)
+    if not leads:
+        return {}
 
     write_folder_atomic(out / "model", _model(policy, parts).save_pretrained)
     beside = time.perf_counter() - began - updating  # loading and evaluating; of an interrupted run, since it resumed
@@ -247,6 +257,8 @@ def _prompt(agent: Any, data: Pairs | Rollout | None, parts: Parts, seed: int, s
 
 
 def _save(run: Run, agent: Agent | OfflineAgent, parts: Parts, spent: Spent) -> None:
+    if processes.rank() > 0:
+        return
     tensors, tree = flatten_state(agent.state_dict())
     save_checkpoint(
         run.checkpoints,
@@ -259,8 +271,7 @@ def _save(run: Run, agent: Agent | OfflineAgent, parts: Parts, spent: Spent) -> 
 
 def _restore(config: TrainConfig, run: Run, agent: Agent | OfflineAgent, parts: Parts) -> Spent:
     """Put policy, agent, β and random state back as the newest checkpoint has them; rows logged since are dropped."""
-    settle_folder(run.best)
-    path, spent = latest_checkpoint(run.checkpoints), Spent()
+    path, spent = processes.in_first(lambda: _newest(run)), Spent()
     if path is not None:
         checkpoint = load_checkpoint(path)
         trained = CausalLM.from_pretrained(path / "model", device=config.device, dtype=config.dtype)
@@ -269,8 +280,14 @@ def _restore(config: TrainConfig, run: Run, agent: Agent | OfflineAgent, parts: 
         torch.set_rng_state(checkpoint.tensors["random"]["cpu"])
         parts.envs.core.load_beta_state(checkpoint.state["beta"])
         spent = Spent(**checkpoint.state["spent"])
-    run.truncate_metrics(spent.updates)
+    if processes.rank() == 0:
+        run.truncate_metrics(spent.updates)
     return spent
+
+
+def _newest(run: Run) -> Path | None:
+    settle_folder(run.best)
+    return latest_checkpoint(run.checkpoints)
 
 
 def changed_settings(config: Any, out: Path) -> list[str]:
