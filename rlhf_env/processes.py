@@ -89,18 +89,18 @@ def gather(value: T) -> list[T]:
     return said
 
 
-def in_all(work: Callable[[], T]) -> list[T]:
-    """What `work` returns in every process; an error of this package in one of them is raised in all."""
+def agreed(work: Callable[[], T]) -> T:
+    """What `work` returns here; an error of this package that it raises in one process is raised in all."""
     if _count == 1:
-        return [work()]
+        return work()
+    found, error = None, None
     try:
-        mine: T | RLHFEnvError = work()
-    except RLHFEnvError as error:
-        mine = error
-    said = gather(mine)
-    if broken := next((each for each in said if isinstance(each, RLHFEnvError)), None):
+        found = work()
+    except RLHFEnvError as raised:
+        error = raised
+    if broken := next((each for each in gather(error) if each is not None), None):
         raise broken
-    return said  # type: ignore[return-value]
+    return found  # type: ignore[return-value]
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:

@@ -19,6 +19,7 @@ PROMPTS = "tests/envs/test_prompts.py"
 BETA = "tests/envs/test_beta.py"
 COLLECT = "tests/training/test_collect.py"
 DESCENT = "tests/models/test_descent.py"
+PROCESSES = "tests/test_processes.py"
 PPO = "tests/agents/test_ppo.py"
 PPO_OPTIONS = "tests/agents/test_ppo_options.py"
 EVERY_AGENT = "tests/agents/test_every_agent.py"
@@ -771,8 +772,8 @@ MUTATIONS = [
     Mutation(
         "half precision: steps are taken in half precision",
         "rlhf_env/models/descent.py",
-        "p.detach().float() if p.dtype in _HALF else p for p",
-        "p for p",
+        "part(p).detach().float() if p.dtype in _HALF else part(p) for p",
+        "part(p) for p",
         f"{DESCENT}::test_in_half_precision_small_steps_add_up",
     ),
     Mutation(
@@ -816,10 +817,53 @@ MUTATIONS = [
     Mutation(
         "gradient accumulation weighs rows instead of tokens",
         "rlhf_env/models/descent.py",
-        "share = part_weights.sum().item() / weights.sum().item()",
-        "share = len(part) / len(rows)",
+        "share = chosen_weights.sum().item() / total",
+        "share = len(chosen) / len(rows)",
         f"{DESCENT}::test_parts_are_weighted_as_the_whole_weighs_their_rows",
         classic=True,
+    ),
+    Mutation(
+        "processes keep their own gradients",
+        "rlhf_env/models/descent.py",
+        "        processes.add_up(single)\n",
+        "",
+        f"{PROCESSES}::test_every_process_gets_all_episodes_and_the_gradient_of_all_rows",
+        classic=True,
+    ),
+    Mutation(
+        "every process learns from all rows",
+        "rlhf_env/models/descent.py",
+        "rows[mine].tensor_split(parts), weights[mine].tensor_split(parts), strict=True",
+        "rows.tensor_split(parts), weights.tensor_split(parts), strict=True",
+        f"{PROCESSES}::test_every_process_gets_all_episodes_and_the_gradient_of_all_rows",
+    ),
+    Mutation(
+        "gradients of weights that are spread are means",
+        "rlhf_env/models/descent.py",
+        "gradient.mul_(processes.count())",
+        "gradient.mul_(1)",
+        f"{PROCESSES}::test_what_is_spread_is_saved_whole",
+    ),
+    Mutation(
+        "clipped by the norm of this process's part of the weights",
+        "rlhf_env/models/descent.py",
+        "        processes.add_up([squares := nn.utils.get_total_norm(spread).square()])\n",
+        "        squares = nn.utils.get_total_norm(spread).square()\n",
+        f"{PROCESSES}::test_what_is_spread_is_saved_whole",
+    ),
+    Mutation(
+        "processes draw with the seeds of the first share",
+        "rlhf_env/training/collect.py",
+        "seeds=seeds[mine],",
+        "seeds=seeds[: len(prompt_ids[mine])],",
+        f"{PROCESSES}::test_every_process_gets_all_episodes_and_the_gradient_of_all_rows",
+    ),
+    Mutation(
+        "an error of one process leaves the others waiting",
+        "rlhf_env/processes.py",
+        "        raise broken\n",
+        "        raise mine if isinstance(mine, RLHFEnvError) else ConfigError('other')\n",
+        f"{PROCESSES}::test_an_error_of_one_is_the_error_of_all",
     ),
     Mutation(
         "PPO's micro-batches weigh alike however many tokens they have",
@@ -831,7 +875,7 @@ MUTATIONS = [
     Mutation(
         "the mean of the largest ratios",
         "rlhf_env/models/descent.py",
-        'float((np.max if name.startswith("max_") else np.mean)(',
+        "float((np.max if _is_max(name) else np.mean)(",
         "float(np.mean(",
         f"{DESCENT}::test_means_over_steps_and_the_largest_of_what_is_called_so",
     ),
@@ -845,7 +889,7 @@ MUTATIONS = [
     Mutation(
         "a resumed run has forgotten Adam",
         "rlhf_env/models/descent.py",
-        'self.optimizer.load_state_dict(state["optimizer"])',
+        'self.optimizer.load_state_dict(_moved(state["optimizer"], self.parameters, part_of))',
         "pass",
         f"{DESCENT}::test_a_stopped_descent_goes_on",
         classic=True,

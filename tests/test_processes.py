@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 
 from rlhf_env import processes
 from rlhf_env.errors import ConfigError, NonFiniteError
+from rlhf_env.functional import masked_sum
+from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.descent import Descent
+from rlhf_env.models.sharding import whole_state
 from rlhf_env.records.checkpoint import latest_checkpoint
 from rlhf_env.records.config import to_dict
 from rlhf_env.records.jsonl import write_json
@@ -24,7 +27,7 @@ from rlhf_env.training.collect import collect
 from rlhf_env.training.config import TrainConfig
 from rlhf_env.training.interruption import Interrupted
 from rlhf_env.training.run import run_training
-from tests.builders import make_envs, random_model
+from tests.builders import make_envs, random_model, read_by
 from tests.processes import command, run_together, signalled, slow_command, start_together
 from tests.tiny_training import tiny_training
 
@@ -36,6 +39,7 @@ def trained_together(configs: dict[str, TrainConfig], folder: Path, resume: bool
 
 
 UNEVENLY = ("ppo", "kto", "best_of_n")
+SPREAD = ("ppo", "grpo", "dpo", "kto")
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +51,9 @@ def runs(tmp_path_factory) -> Iterator[Path]:
         (place := folder / f"files-{name}").mkdir()
         configs[name] = replace(tiny_training(place, name), dtype="float64", updates=3)
     trained_together(configs, folder / "1")
-    for count, names in ((2, AGENTS), (3, UNEVENLY)):
-        chosen = {name: configs[name] for name in names}
+    spread = {f"{name}-spread": replace(configs[name], spread_weights=True) for name in SPREAD}
+    for count, names in ((2, [*AGENTS, *spread]), (3, [*UNEVENLY, "ppo-spread"])):
+        chosen = {name: (configs | spread)[name] for name in names}
         run_together(count, trained_together, chosen, folder / str(count), err=folder / "err")
     yield folder
 
@@ -65,7 +70,16 @@ def numbers(rows: list[dict[str, Any]], without: Collection[str] = ()) -> list[d
 
 @pytest.mark.parametrize(("agent", "count"), [*((name, 2) for name in AGENTS), *((name, 3) for name in UNEVENLY)])
 def test_processes_train_as_one_does(runs, agent, count):
-    one, several = Run(runs / "1" / agent), Run(runs / str(count) / agent)
+    require_alike(Run(runs / "1" / agent), Run(runs / str(count) / agent))
+
+
+@pytest.mark.parametrize(("agent", "count"), [*((name, 2) for name in SPREAD), ("ppo", 3)])
+def test_processes_that_hold_a_part_of_the_weights_each_train_as_one_does(runs, agent, count):
+    require_alike(Run(runs / "1" / agent), Run(runs / str(count) / f"{agent}-spread"))
+
+
+def require_alike(one: Run, several: Run) -> None:
+    agent = one.config["agent"]
     rows, others = (numbers(run.metrics, OTHERWISE.get(agent, ())) for run in (one, several))
     for row, other in zip(rows, others, strict=True):
         assert other == pytest.approx(row, abs=1e-9, rel=1e-7)  # a few are float32
@@ -73,11 +87,12 @@ def test_processes_train_as_one_does(runs, agent, count):
     weights, others = (load_file(run.path / "model" / "model.safetensors") for run in (one, several))
     for name, weight in weights.items():
         torch.testing.assert_close(others[name], weight, atol=1e-9, rtol=0)
-    assert (one.summary["processes"], several.summary["processes"]) == (1, count)
+    assert (one.summary["processes"], several.summary["processes"]) == (1, int(several.path.parent.name))
 
 
 def test_one_process_writes_what_one_alone_would(runs):
-    names = [sorted(str(p.relative_to(runs / c)) for p in (runs / c).rglob("*") if p.is_file()) for c in "12"]
+    folders = [runs / count / "ppo" for count in "12"]
+    names = [sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) for folder in folders]
     assert names[0] == names[1]
 
 
@@ -93,7 +108,7 @@ def gathered(out: Path) -> None:
 
 
 def squares(policy: Any, rollout: Any, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    logp = policy.evaluate(rollout[rows])[0].sum(1)
+    logp = masked_sum(policy.evaluate(rollout[rows])[0], rollout.response_mask[rows], dim=1)
     return logp.square().mean(), {"mean": logp.mean(), "max_row": rows.max().float()}
 
 
@@ -175,10 +190,12 @@ def test_an_error_of_one_is_the_error_of_all(tmp_path):
         assert [(tmp_path / f"{what}-{rank}").read_text() for rank in range(2)] == [said] * 2
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_run_goes_on_with_another_number_of_processes(spread, tmp_path):
     (place := tmp_path / "files").mkdir()
     config = replace(tiny_training(place), dtype="float64", updates=4, checkpoint_every=2)
     run_training(config, tmp_path / "straight")
+    config = replace(config, spread_weights=spread)
     run_together(2, interrupted, config, tmp_path / "run", err=tmp_path / "err")
     assert len(Run(tmp_path / "run").metrics) == 3 and not Run(tmp_path / "run").finished
     run_together(3, trained_together, {"run": config}, tmp_path, True, err=tmp_path / "err")
@@ -194,6 +211,51 @@ def interrupted(config: TrainConfig, out: Path) -> None:
 
     with processes.together(), pytest.raises(Interrupted):
         run_training(config, out, on_update=on_update)
+
+
+def half_precision(out: Path) -> None:
+    """Two steps of a bfloat16 policy, whose float32 copies are spread with it; what is left of it, whole."""
+    with processes.together():
+        rollout = collect(random_model(seed=1), make_envs(2), episodes=6, seed=5)
+        for name, after in (("whole", lambda policy: policy), ("spread", CausalLM.spread)):
+            policy = after(random_model(dtype="bfloat16", seed=1))
+            descent = Descent(policy.parameters(), 1e-3, max_grad_norm=0.5)
+            for _ in range(2):
+                metrics = descent.step(lambda rows, of=policy: squares(of, rollout, rows), torch.arange(6))
+            state = (whole_state(policy.model), descent.state_dict(), metrics)
+            if processes.rank() == 0:
+                torch.save(state, out / name)
+
+
+def test_what_is_spread_is_saved_whole(tmp_path):
+    run_together(2, half_precision, tmp_path, err=tmp_path / "err")
+    (state, adam, metrics), (other, other_adam, others) = (torch.load(tmp_path / n) for n in ("whole", "spread"))
+    assert others == pytest.approx(metrics, rel=0.02)  # gradients are bfloat16, and another forward rounds otherwise
+    for name, weight in state.items():
+        assert other[name].dtype == torch.bfloat16
+        torch.testing.assert_close(other[name], weight, atol=5e-3, rtol=0)
+    for a, b in zip(adam["copies"], other_adam["copies"], strict=True):
+        torch.testing.assert_close(b, a, atol=4e-3, rtol=0)  # two steps of 1e-3 each, at the most
+    assert sum(a.numel() for a in adam["copies"]) == sum(b.numel() for b in other_adam["copies"])
+
+
+def refusing(out: Path) -> None:
+    with processes.together():
+        for name, work in (
+            ("copied", lambda: random_model().spread().frozen_copy()),
+            ("unknown", lambda: read_by(random_model(), "Hugging Face").spread()),
+        ):
+            with pytest.raises(ConfigError) as caught:
+                work()
+            (out / name).write_text(str(caught.value))
+
+
+def test_what_cannot_be_spread_says_why(tmp_path):
+    run_together(2, refusing, tmp_path, err=tmp_path / "err")
+    assert "cannot be copied, as a value network or a target network" in (tmp_path / "copied").read_text()
+    assert "only the weights of families that are run block by block" in (tmp_path / "unknown").read_text()
+    with pytest.raises(ConfigError, match="this is one: start it with torchrun"):
+        random_model().spread()
 
 
 def words(config: TrainConfig, out: Path) -> list[str]:

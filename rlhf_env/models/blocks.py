@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 from transformers.activations import NewGELUActivation
 
+from rlhf_env.models.sharding import own_class
 from rlhf_env.types import Rollout
 
 _FIXED_ROTATIONS = ("default", "linear", "llama3")  # those whose angles depend on nothing but the position
@@ -141,7 +142,7 @@ class Body:
         That is: another family, an attention other than "sdpa", rotations that depend on the length, and modules with
         hooks, which would not be called.
         """
-        family, config = _FAMILIES.get(type(model)), model.config
+        family, config = _FAMILIES.get(own_class(model)), model.config
         if family is None or config._attn_implementation != "sdpa" or not family.understood(config):  # type: ignore[union-attr]
             return None
         body = cls(family(model), checkpointed)
@@ -237,5 +238,7 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 
 
 def _hooked(module: nn.Module) -> bool:
+    # A model whose weights are spread comes here while they are gathered, when the hooks that gather them need not run.
+    none_of_ours = ("transformers.utils.output_capturing", "torch.distributed.fsdp")
     own = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(hook.__module__ != "transformers.utils.output_capturing" for hook in own)
+    return not all(getattr(hook, "__module__", "").startswith(none_of_ours) for hook in own)

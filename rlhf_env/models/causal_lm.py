@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PretrainedConfig
 
+from rlhf_env import processes
 from rlhf_env.errors import ConfigError, TokenizerError
 from rlhf_env.functional import token_statistics
 from rlhf_env.models.adapters import same_weights, without_adapters
 from rlhf_env.models.blocks import Body
 from rlhf_env.models.decoding import BlockDecoder, CachedDecoder, FullContextDecoder, keeps_only_keys_and_values
 from rlhf_env.models.reading import action_log_probs, evaluate_states, response_log_probs
+from rlhf_env.models.sharding import is_part, is_spread, spread
 from rlhf_env.text.codec import Codec
 from rlhf_env.types import Decoder, Rollout, SamplingLaw
 
@@ -105,13 +107,14 @@ class CausalLM(nn.Module):
             model = AutoModelForCausalLM.from_config(config)
         return cls(model.to(device=device, dtype=parse_dtype(dtype)), tokenizer)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, state: Mapping[str, Tensor] | None = None) -> None:
         """Write a Hugging Face folder (safetensors, tokenizer) with the value head beside it.
 
-        Adapters are merged into the weights that are written, so that any library can load them.
+        Adapters are merged into the weights that are written, so that any library can load them. Of weights that are
+        spread over processes, `state` is `whole_state` of the model, for which all processes have to ask.
         """
         model: Any = without_adapters(self.model, merge=True) if self.has_adapters else self.model
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
         self.tokenizer.save_pretrained(folder)
         save_file({k: v.contiguous() for k, v in self.value_head.state_dict().items()}, Path(folder) / VALUE_HEAD_FILE)
 
@@ -154,6 +157,22 @@ class CausalLM(nn.Module):
         if self.body is None:
             raise ConfigError(f"{type(self.model).__name__} is not run block by block, so nothing can be made again")
         self._checkpointed = True
+        return self
+
+    def spread(self) -> Self:
+        """Leave each of the `processes` that work together a part of the weights, of their gradients and Adam's state.
+
+        Call it before an agent is made, and in all processes. Raises `ConfigError` where there is one process only, or
+        a model that is not run block by block.
+        """
+        if processes.count() == 1:
+            raise ConfigError("weights are spread over several processes, and this is one: start it with torchrun")
+        if self.body is None or self._checkpointed or self.has_adapters:
+            raise ConfigError(
+                "only the weights of families that are run block by block can be spread, without gradient "
+                "checkpointing and without adapters"
+            )
+        spread(self.model, self._blocks(), self.device)
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -269,7 +288,7 @@ class CausalLM(nn.Module):
     @property
     def body(self) -> Body | None:
         """The transformer, block by block, where its family is known; None: the model's own forward has to do."""
-        return Body.of(self.model, checkpointed=self._checkpointed)
+        return None if is_spread(self.model) else Body.of(self.model, checkpointed=self._checkpointed)
 
     def heads(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Raw logits [..., V] and values [...] of last hidden states [..., D]."""
@@ -332,6 +351,11 @@ class CausalLM(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # At its first forward, Transformers hangs local functions into a model, which nothing can pickle. A model
         # without them gets them at its own first forward.
+        if any(map(is_part, self.model.parameters())):
+            raise ConfigError(
+                "a policy whose weights are spread over processes cannot be copied, as a value network or a target "
+                "network of an agent's own is"
+            )
         model = same_weights(self.model)
         for module in model.modules():
             vars(module).pop("_output_capturing_hooks_installed", None)

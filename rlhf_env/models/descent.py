@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from rlhf_env import processes
 from rlhf_env.errors import ConfigError, NonFiniteError
+from rlhf_env.models.sharding import is_part, part, part_of, whole
 from rlhf_env.settings import BradleyTerryConfig, SFTConfig
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -54,7 +56,7 @@ class Descent:
         self.parameters = [p for p in parameters if p.requires_grad]
         if not self.parameters:
             raise ConfigError("no weight may change: the policy is frozen, as references are; train a copy that is not")
-        self.masters = [p.detach().float() if p.dtype in _HALF else p for p in self.parameters]
+        self.masters = [part(p).detach().float() if p.dtype in _HALF else part(p) for p in self.parameters]
         fused = all(p.device.type in _FUSED for p in self.masters)
         self.optimizer = torch.optim.Adam(self.masters, lr=learning_rate, eps=adam_eps, fused=fused)
         self.learning_rate, self.anneal, self.max_grad_norm = learning_rate, anneal, max_grad_norm
@@ -92,28 +94,24 @@ class Descent:
         """
         weights = torch.ones_like(rows) if weight is None else weight[rows]
         mine, total = processes.share(len(rows)), weights.sum().item()
-
-        def learn() -> list[tuple[float, dict[str, float]]]:
-            """The gradient of this process's rows; of each part of them its share of all rows, and its metrics."""
-            for p in self.parameters:
-                p.grad = None
-            seen, size = [], micro_batch_size or len(rows)
-            for part, part_weights in zip(rows[mine].split(size), weights[mine].split(size), strict=True):
-                if not len(part):  # there are more processes than rows
-                    continue
-                share = part_weights.sum().item() / total
-                loss, metrics = loss_of(part)
-                if not torch.isfinite(loss):
-                    raise NonFiniteError(
-                        f"the loss of {_named(part)} became non-finite in update {self.updates}; the step was not taken"
-                    )
-                (loss * share).backward()
-                seen.append((share, {name: value.item() for name, value in metrics.items()}))
-            return seen
-
-        found = _over_parts([part for seen in processes.in_all(learn) for part in seen])
-        gradients = self._gradients()
-        norm = nn.utils.get_total_norm(gradients)
+        most = -(-len(rows) // processes.count())
+        parts = -(
+            -most // (micro_batch_size or most)
+        )  # as many in every process, since they may run the model together
+        for p in self.parameters:
+            p.grad = None
+        seen = []
+        for chosen, chosen_weights in zip(
+            rows[mine].tensor_split(parts), weights[mine].tensor_split(parts), strict=True
+        ):
+            # A process without a row of its own goes through the motions with another's, which weighs nothing.
+            some = chosen if len(chosen) else rows[:1]
+            share = chosen_weights.sum().item() / total
+            loss, metrics = processes.agreed(partial(self._finite, loss_of, some))
+            (loss * share).backward()
+            seen.append((share, {name: value.item() for name, value in metrics.items()}))
+        found = _over_parts([each for those in processes.gather(seen) for each in those])
+        norm = self._take_gradients()
         if not torch.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient of {_named(rows)} became non-finite in update {self.updates}; the step was not taken"
@@ -123,36 +121,62 @@ class Descent:
         self.optimizer.step()
         with torch.no_grad():
             for master, p in zip(self.masters, self.parameters, strict=True):
-                if master is not p:
-                    p.copy_(master)
+                if p.dtype in _HALF:
+                    part(p).copy_(master)
         return {**found, "gradient_norm": norm.item()}
 
-    def _gradients(self) -> list[Tensor]:
-        """The gradient of all processes' rows, for every weight that has one, where the optimizer looks for it."""
+    def _finite(self, loss_of: LossOf, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = loss_of(rows)
+        if not torch.isfinite(loss):
+            raise NonFiniteError(
+                f"the loss of {_named(rows)} became non-finite in update {self.updates}; the step was not taken"
+            )
+        return loss, metrics
+
+    def _take_gradients(self) -> Tensor:
+        """Lay the gradients of all processes' rows where the optimizer looks for them; returns their norm."""
         for master, p in zip(self.masters, self.parameters, strict=True):
-            master.grad = None if p.grad is None else p.grad.to(master.dtype)
-        if processes.count() > 1:
-            has = torch.tensor([m.grad is not None for m in self.masters], dtype=torch.float32)
-            processes.add_up([has := has.to(self.masters[0].device)])
-            for master, others in zip(self.masters, has.tolist(), strict=True):
-                if others and master.grad is None:
-                    master.grad = torch.zeros_like(master)
-        gradients = [m.grad for m in self.masters if m.grad is not None]
-        processes.add_up(gradients)
-        return gradients
+            master.grad = None if p.grad is None else part(p.grad).to(master.dtype)
+        spread, single = ([], [])
+        for master, p in zip(self.masters, self.parameters, strict=True):
+            if master.grad is not None:
+                (spread if is_part(p) else single).append(master.grad)
+        processes.add_up(single)
+        if not spread:
+            return nn.utils.get_total_norm(single)
+        for gradient in spread:
+            gradient.mul_(processes.count())  # what is there is their mean
+        processes.add_up([squares := nn.utils.get_total_norm(spread).square()])
+        return (squares + nn.utils.get_total_norm(single).square()).sqrt()
 
     def state_dict(self) -> dict[str, Any]:
         """Adam's state, the copies in float32 if there are any, and the number of updates begun."""
-        copies = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
-        return {"optimizer": self.optimizer.state_dict(), "copies": copies, "updates": self.updates}
+        copies = [whole(m, p) for m, p in self._copies]
+        optimizer = _moved(self.optimizer.state_dict(), self.parameters, whole)
+        return {"optimizer": optimizer, "copies": copies, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        copies = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
-        for copy, saved in zip(copies, state["copies"], strict=True):
-            copy.copy_(saved)
+        self.optimizer.load_state_dict(_moved(state["optimizer"], self.parameters, part_of))
+        for (copy, p), saved in zip(self._copies, state["copies"], strict=True):
+            copy.copy_(part_of(saved, p))
         self.updates = state["updates"]
+
+    @property
+    def _copies(self) -> list[tuple[Tensor, Tensor]]:
+        """The float32 copies, each with the weight that it is of."""
+        return [(m, p) for m, p in zip(self.masters, self.parameters, strict=True) if p.dtype in _HALF]
+
+
+def _moved(
+    state: dict[str, Any], weights: Sequence[Tensor], move: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Any]:
+    """Adam's state with every tensor of it as `move` makes it for its weight."""
+    by_weight = {
+        number: {name: move(value, weights[number]) for name, value in those.items()}
+        for number, those in state["state"].items()
+    }
+    return {**state, "state": by_weight}
 
 
 def require_finite_logp(logp: Tensor, mask: Tensor, rows: Tensor) -> None:

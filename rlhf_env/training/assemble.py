@@ -57,6 +57,9 @@ def assemble(config: TrainConfig, *, kl_mode: KLMode = "reward") -> Parts:
     policy.freeze_layers(config.freeze_layers)
     if config.gradient_checkpointing:
         policy.checkpoint_gradients()
+    if config.spread_weights:
+        for model in (policy, reference):
+            model.spread()
 
     def make(
         prompts: Sequence[str], file: str, reward: Any, beta: float | BetaController, kl_mode: KLMode = "reward"

@@ -19,6 +19,7 @@ from rlhf_env.errors import ConfigError, NegativeKLWarning, PromptTooLongError, 
 from rlhf_env.functional import token_rewards
 from rlhf_env.models.sampling import Samples, sample_responses
 from rlhf_env.models.scoring import teacher_forced_logp
+from rlhf_env.models.sharding import gathered
 from rlhf_env.text.codec import Codec
 from rlhf_env.types import Policy, Rollout
 
@@ -100,7 +101,9 @@ def collect(
         return _charged(policy, core, prompts[mine], prompt_ids[mine], samples)
 
     device = getattr(policy, "device", torch.device("cpu"))
-    parts = processes.in_all(lambda: written().to(device if processes.count() == 1 else "cpu"))
+    with gathered():
+        own = processes.agreed(written)
+    parts = processes.gather(own.to("cpu" if processes.count() > 1 else device))
     rollout = Rollout.joined(parts, task.codec.pad_token_id).to(device)
     if task.uses_reference and task.kl_mode != "off":
         rollout.require_finite()

@@ -169,6 +169,7 @@ class TrainConfig:
     dtype: DType = "float32"  #: precision of the model's weights; log-probabilities are never below float32
     freeze_layers: int = 0  #: keep the embeddings and this many of the first blocks as they are
     gradient_checkpointing: bool = False  #: make activations again in the backward pass: less memory, more time
+    spread_weights: bool = False  #: with several processes, each holds a part of weights and Adam's state (FSDP)
     num_envs: int = 32  #: responses written side by side
     eval_episodes: int = 128  #: responses in each evaluation
     eval_every: int = 0  #: updates between evaluations, the best of which stays; 0: before and after training only

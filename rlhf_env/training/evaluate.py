@@ -18,6 +18,7 @@ from rlhf_env.functional import best_of_n, best_of_n_kl_bound, gae, kl_k2, kl_k3
 from rlhf_env.intervals import mean_interval, rate_interval
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.scoring import full_kl, teacher_forced_logp
+from rlhf_env.models.sharding import gathered
 from rlhf_env.training.collect import collect
 from rlhf_env.types import Policy, RewardModel, Rollout
 
@@ -35,6 +36,7 @@ class Evaluation:
     best_of: list[dict[str, float]] = field(default_factory=list)  # rows of `best_of_n_path`, where it was asked for
 
 
+@gathered()
 def evaluate(
     policy: Policy,
     envs: Any,

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from rlhf_env import processes
 from rlhf_env.errors import ConfigError, NonFiniteError
 from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.models.sharding import is_spread, load_whole, whole_state
 from rlhf_env.preferences.comparisons import read_comparisons
 from rlhf_env.records.atomic import settle_folder, write_folder_atomic
 from rlhf_env.records.checkpoint import (
@@ -96,8 +98,7 @@ def run_training(
             policy = policy_of()  # which some agents make anew each time that they are asked
             measured = measure(policy, best_of).metrics
             row |= {f"eval_{name}": value for name, value in measured.items() if not name.startswith("reference_")}
-            if leads:
-                _keep_best(run, row, parts.eval_envs.beta, _model(policy, parts))
+            _keep_best(run, row, parts.eval_envs.beta, _writer(policy, parts))
         if leads:
             run.log(row)
             tell(row)
@@ -126,10 +127,11 @@ def run_training(
             _train(config, agent, data, parts, spent, run, finish_row, on_update)
         policy = agent.policy
     after = measure(policy, best_of)
+    write = _writer(policy, parts)
     if not leads:
         return {}
 
-    write_folder_atomic(out / "model", _model(policy, parts).save_pretrained)
+    write_folder_atomic(out / "model", write)
     beside = time.perf_counter() - began - updating  # loading and evaluating; of an interrupted run, since it resumed
     best = read_json(run.best / "metrics.json") if run.best.is_dir() else {}
     summary = summarize(config, parts, run.metrics, before.metrics, after.metrics, best, beside)
@@ -165,13 +167,16 @@ def _no_folder_if_refused(run: Run) -> Iterator[None]:
         raise
 
 
-def _model(policy: Policy, parts: Parts) -> CausalLM:
-    """What is to be saved of an agent's policy: itself, or the model that it is made from."""
-    return policy if isinstance(policy, CausalLM) else parts.policy
+def _writer(policy: Policy, parts: Parts) -> Callable[[Path], None]:
+    """What writes an agent's policy, or the model that it is made from, into a folder; all processes have to ask."""
+    model = policy if isinstance(policy, CausalLM) else parts.policy
+    return partial(model.save_pretrained, state=whole_state(model.model) if is_spread(model.model) else None)
 
 
-def _keep_best(run: Run, row: dict[str, Any], beta: float, model: CausalLM) -> None:
-    """Keep `model` if no evaluation before it came to a higher score − β·KL − penalties; gold has no say in it."""
+def _keep_best(run: Run, row: dict[str, Any], beta: float, write_model: Callable[[Path], None]) -> None:
+    """Keep a model if no evaluation before it came to a higher score − β·KL − penalties; gold has no say in it."""
+    if processes.rank() > 0:
+        return
     objective = row["eval_score"] - beta * row.get("eval_kl", row.get("eval_kl_bound", 0.0))
     objective -= row.get("eval_penalty", 0.0)
     if run.best.is_dir() and read_json(run.best / "metrics.json")["objective"] >= objective:
@@ -179,7 +184,7 @@ def _keep_best(run: Run, row: dict[str, Any], beta: float, model: CausalLM) -> N
     measured = {name: value for name, value in row.items() if name == "update" or name.startswith("eval_")}
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder / "model")
+        write_model(folder / "model")
         write_json(folder / "metrics.json", {"objective": objective, **measured})
 
     write_folder_atomic(run.best, write)
@@ -257,15 +262,15 @@ def _prompt(agent: Any, data: Pairs | Rollout | None, parts: Parts, seed: int, s
 
 
 def _save(run: Run, agent: Agent | OfflineAgent, parts: Parts, spent: Spent) -> None:
+    write, (tensors, tree) = _writer(parts.policy, parts), flatten_state(agent.state_dict())
     if processes.rank() > 0:
         return
-    tensors, tree = flatten_state(agent.state_dict())
     save_checkpoint(
         run.checkpoints,
         spent.updates,
         tensors={"agent": tensors, "random": {"cpu": torch.get_rng_state()}},
         state={"agent": tree, "spent": dataclasses.asdict(spent), "beta": parts.envs.core.beta_state()},
-        write_model=parts.policy.save_pretrained,
+        write_model=write,
     )
 
 
@@ -275,7 +280,7 @@ def _restore(config: TrainConfig, run: Run, agent: Agent | OfflineAgent, parts: 
     if path is not None:
         checkpoint = load_checkpoint(path)
         trained = CausalLM.from_pretrained(path / "model", device=config.device, dtype=config.dtype)
-        parts.policy.load_state_dict(trained.state_dict())
+        load_whole(parts.policy, trained.state_dict())
         agent.load_state_dict(unflatten_state(checkpoint.tensors.get("agent", {}), checkpoint.state["agent"]))
         torch.set_rng_state(checkpoint.tensors["random"]["cpu"])
         parts.envs.core.load_beta_state(checkpoint.state["beta"])
