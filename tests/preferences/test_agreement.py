@@ -57,6 +57,12 @@ def test_cohens_kappa_by_hand():
     assert cohen_kappa(first, second) == pytest.approx(0.4)
 
 
+def test_annotators_of_different_habits_have_less_to_agree_about_by_chance():
+    # Both yes 8, only the first 6, neither 6: p_o = 0.7, p_e = 0.7 · 0.4 + 0.3 · 0.6 = 0.46.
+    first, second = np.repeat([1, 1, 0], [8, 6, 6]), np.repeat([1, 0, 0], [8, 6, 6])
+    assert cohen_kappa(first, second) == cohen_kappa(second, first) == pytest.approx(0.24 / 0.54)
+
+
 def test_quadratic_weights_by_hand():
     # Observed (0 + 1 + 0 + 1)/4; by chance, shares ¼, ¼, ½ each: 2 (1 · ¹⁄₁₆ + 4 · ⅛ + 1 · ⅛) = 1.375.
     assert cohen_kappa([1, 2, 3, 3], [1, 3, 3, 2], "interval") == pytest.approx(1 - 0.5 / 1.375)
