@@ -1,9 +1,9 @@
 """How far annotators agree, beyond what chance would give them: pure functions of a table of labels.
 
 `labels` [N, A] holds what A annotators said of N items: numbers, the same number for the same label, and NaN where an
-annotator said nothing. Coefficients are 1 for perfect agreement and 0 for that of chance; they may be negative. They
-are NaN where only one label occurs at all, since then nothing tells agreement from chance. `DataError` is raised where
-no item has two labels.
+annotator said nothing. κ and α are 1 for perfect agreement and 0 for that of chance; they may be negative. They are NaN
+where only one label occurs at all, since then nothing tells agreement from chance. `DataError` is raised where no item
+has two labels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def label_counts(labels: ArrayLike) -> tuple[Floats, Floats]:
 def percent_agreement(labels: ArrayLike) -> float:
     """The share of equal labels among all pairs of labels of an item, averaged over items with two labels or more.
 
-    Fleiss 1971, eq. 2 and 3. Not corrected for chance: two who always say "first" agree perfectly.
+    P̄ = mean_i Σ_j n_ij (n_ij − 1) / (m_i (m_i − 1)) with n_ij labels j among the m_i of item i; Fleiss 1971. Not
+    corrected for chance: two who always say "first" agree perfectly.
     """
     _, n = _shared(labels)
     m = n.sum(1)
@@ -54,7 +55,7 @@ def cohen_kappa(first: ArrayLike, second: ArrayLike, level: Literal["nominal", "
 
 
 def fleiss_kappa(labels: ArrayLike) -> float:
-    """κ = (P̄ − P̄_e)/(1 − P̄_e), where every item has the same number of labels, by whomever; Fleiss 1971, eq. 1–7.
+    """κ = (P̄ − P̄_e)/(1 − P̄_e), where every item has the same number of labels, by whomever; Fleiss 1971.
 
     P̄ is `percent_agreement`, P̄_e = Σ_j p_j² with p_j the share of label j. Where numbers differ, `DataError` is
     raised; `krippendorff_alpha` takes those.
