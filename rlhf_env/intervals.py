@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,18 @@ T95 = (
 )
 
 
+def student_quantile(freedom: int) -> float:
+    """The 97.5 % point of Student's t with `freedom` ≥ 1 degrees of freedom; above 30, that of the normal one."""
+    return T95[freedom - 1] if freedom <= len(T95) else Z95
+
+
 def mean_interval(name: str, x: NDArray[Any] | Sequence[float]) -> dict[str, float]:
     """Mean of independent values and its 95 % interval: Student's t up to 31 values, then normal; none for one."""
     x = np.asarray(x, dtype=np.float64)
     mean = float(x.mean())
     if len(x) < 2:
         return {name: mean}
-    quantile = T95[len(x) - 2] if len(x) - 1 <= len(T95) else Z95
-    half = quantile * float(x.std(ddof=1)) / math.sqrt(len(x))
+    half = student_quantile(len(x) - 1) * float(x.std(ddof=1)) / math.sqrt(len(x))
     return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
 
 
@@ -35,3 +39,31 @@ def rate_interval(name: str, successes: float, n: int) -> dict[str, float]:
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     return {name: rate, f"{name}_low": centre - half, f"{name}_high": centre + half}
+
+
+def bootstrap_interval(
+    name: str,
+    statistic: Callable[[NDArray[Any]], float],
+    items: NDArray[Any],
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """A statistic of independent items [N, …] and the 2.5 % and 97.5 % points of it over resamples of whole items.
+
+    Efron 1979, the percentile bootstrap. Draws for which the statistic is NaN (not defined) are left out. Empty where
+    it is NaN for the items themselves; no interval for one item or where fewer than half of the draws are left.
+    """
+    value, rng = float(statistic(items)), np.random.default_rng([seed, _BOOTSTRAP_STREAM])
+    if math.isnan(value):
+        return {}
+    picked = (rng.integers(len(items), size=len(items)) for _ in range(draws if len(items) > 1 else 0))
+    drawn = np.array([statistic(items[index]) for index in picked])
+    drawn = drawn[~np.isnan(drawn)]
+    if len(drawn) == 0 or len(drawn) < draws / 2:
+        return {name: value}
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {name: value, f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+_BOOTSTRAP_STREAM = 6

@@ -48,6 +48,10 @@ SFT = "tests/models/test_sft.py"
 RUN_SFT = "tests/training/test_sft.py"
 LABELERS = "tests/preferences/test_labelers.py"
 COMPARISONS = "tests/preferences/test_comparisons.py"
+AGREEMENT = "tests/preferences/test_agreement.py"
+JUDGED = "tests/preferences/test_judged.py"
+DAWID_SKENE = "tests/preferences/test_dawid_skene.py"
+ARENA = "tests/preferences/test_arena.py"
 PREFER = "tests/training/test_prefer.py"
 PIPELINE = "tests/training/test_pipeline.py"
 PAGE = "tests/report/test_page.py"
@@ -1707,6 +1711,105 @@ MUTATIONS = [
         "return Comparison(prompt, (chosen, rejected), (0, 1))",
         "return Comparison(prompt, (rejected, chosen), (0, 1))",
         COMPARISONS,
+    ),
+    # --- agreement and rankings
+    Mutation(
+        "a unit of many labels weighs more in alpha",
+        "rlhf_env/preferences/agreement.py",
+        "per_pair = n / (n.sum(1, keepdims=True) - 1)",
+        "per_pair = n",
+        AGREEMENT,
+    ),
+    Mutation(
+        "alpha expects a label to be drawn twice",
+        "rlhf_env/preferences/agreement.py",
+        "- np.diag(margins)) / (margins.sum() - 1)",
+        ") / margins.sum()",
+        AGREEMENT,
+    ),
+    Mutation(
+        "ordinal distances count from the lower end",
+        "rlhf_env/preferences/agreement.py",
+        "values = margins.cumsum() - margins / 2",
+        "values = margins.cumsum()",
+        AGREEMENT,
+    ),
+    Mutation(
+        "kappa expects both annotators to have the shares of the first",
+        "rlhf_env/preferences/agreement.py",
+        "np.outer(one.mean(0), other.mean(0))",
+        "np.outer(one.mean(0), one.mean(0))",
+        AGREEMENT,
+    ),
+    Mutation(
+        "tied things have the lowest of their ranks",
+        "rlhf_env/preferences/agreement.py",
+        "lower + (equal + 1) / 2 -",
+        "lower + 1 -",
+        AGREEMENT,
+    ),
+    Mutation(
+        "a tied vote goes to the lower label",
+        "rlhf_env/preferences/agreement.py",
+        "np.where(tied | (n.max(1) == 0), np.nan,",
+        "np.where(n.max(1) == 0, np.nan,",
+        AGREEMENT,
+    ),
+    Mutation(
+        "labels follow the order of presentation",
+        "rlhf_env/preferences/judged.py",
+        "tuple(rank_of[response] for response in item.responses)",
+        "c.ranks",
+        JUDGED,
+    ),
+    Mutation(
+        "a labeler is one of the others",
+        "rlhf_env/preferences/judged.py",
+        "majority(np.delete(labels, k, axis=1))",
+        "majority(labels)",
+        JUDGED,
+    ),
+    Mutation(
+        "classes are equally frequent to Dawid and Skene",
+        "rlhf_env/preferences/dawid_skene.py",
+        "return confusion, posterior.mean(0)",
+        "return confusion, np.full(n.shape[-1], 1 / n.shape[-1])",
+        DAWID_SKENE,
+    ),
+    Mutation(
+        "an annotator is read backwards",
+        "rlhf_env/preferences/dawid_skene.py",
+        "ial,ajl->ij",
+        "ial,alj->ij",
+        DAWID_SKENE,
+    ),
+    Mutation(
+        "intervals trust the model",
+        "rlhf_env/preferences/arena.py",
+        "inverse @ (scores.T @ scores) @ inverse * len(scores) / (len(scores) - 1)",
+        "inverse",
+        ARENA,
+    ),
+    Mutation(
+        "a tie is a win of the second",
+        "rlhf_env/preferences/arena.py",
+        "np.add.at(points, (b, a), 1 - y)",
+        "np.add.at(points, (b, a), y < 1)",
+        ARENA,
+    ),
+    Mutation(
+        "a prior that only the slope knows",
+        "rlhf_env/preferences/arena.py",
+        "x.T @ (y - p) - penalty @ theta",
+        "x.T @ (y - p)",
+        ARENA,
+    ),
+    Mutation(
+        "Elo points are of decimal logarithms",
+        "rlhf_env/preferences/arena.py",
+        "ELO = 400 / math.log(10)",
+        "ELO = 400.0",
+        ARENA,
     ),
     # --- the pipeline
     Mutation(

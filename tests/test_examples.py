@@ -102,6 +102,21 @@ def test_sb3_ppo_starts_at_the_reference_and_raises_the_score(example):
     assert len(shown) == 4 and all(-1 <= score <= 1 for score in shown)  # VADER's range
 
 
+def test_agreement_understands_the_contrary_annotator(example):
+    lines = example("agreement.py")
+    between = {" ".join(row[2:-3]): [float(x) for x in row[-3:]] for row in lines if row[0] == "Cohen's"}
+    assert len(between) == 10 and between["careful 1 & contrary"][2] < 0 < between["careful 1 & careful 2"][1]
+    vote, model = (percent(lines[-1][k].rstrip(",")) for k in (4, -1))
+    assert 0.75 < vote < model - 0.05 < 1
+
+
+def test_agreement_reads_a_table_with_gaps(example, tmp_path):
+    file = tmp_path / "labels.jsonl"
+    file.write_text('{"ann": 1, "ben": 1}\n{"ann": 2, "ben": 2, "carl": 1}\n{"ann": 2, "ben": null, "carl": 2}\n')
+    found = {" ".join(row[:-3]): row[-3:] for row in example("agreement.py", file)[:2]}
+    assert float(found["percent agreement"][0]) == pytest.approx((1 + 1 / 3 + 1) / 3, abs=5e-4)
+
+
 @pytest.mark.slow
 def test_stories_leaves_a_run_for_each_agent(example, shared_data, tmp_path):
     model = shared_data / "models" / "stories260k-llama"
