@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from rlhf_env.envs.binding import find_cores
 from rlhf_env.envs.task import TextTask
 from rlhf_env.errors import ConfigError, NegativeKLWarning, PromptTooLongError, TokenizerError
 from rlhf_env.functional import token_rewards
-from rlhf_env.models.sampling import sample_responses
+from rlhf_env.models.sampling import Responder, sample_responses
 from rlhf_env.models.scoring import teacher_forced_logp
 from rlhf_env.text.codec import Codec
 from rlhf_env.types import Policy, Rollout
@@ -24,7 +25,7 @@ _SAMPLING_STREAM = 1  # keeps the random numbers of sampling apart from those th
 
 
 def collect(
-    policy: Policy,
+    policy: Policy | Responder,
     envs: Any,
     prompts: Sequence[str] | None = None,
     *,
@@ -43,7 +44,8 @@ def collect(
     their endlessly reshuffled order, where each stands `group_size` times in a row (none: as the environment says).
     Episode i depends only on `seed`, `start + i`, its prompt and `stream`, whose number keeps independent answers to
     the same prompts apart. `envs` is a `TextGenerationVectorEnv` (its `num_envs` rows are decoded side by side) or any
-    wrapper of one. `progress` is told how many more episodes are finished.
+    wrapper of one. A policy that is a `Responder` is asked for its responses. `progress` is told how many more episodes
+    are finished.
     """
     core = find_cores(envs)[0]
     task = core.task
@@ -74,8 +76,8 @@ def collect(
                 f"{len(ids)} tokens of prompt and {limit} of response exceed the policy's context of {context}"
             )
 
-    samples = sample_responses(
-        policy,
+    answer = policy.sample_responses if isinstance(policy, Responder) else partial(sample_responses, policy)
+    samples = answer(
         prompt_ids,
         task.law,
         max_new_tokens=limits,
@@ -132,7 +134,7 @@ def left_padded_prompts(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Ten
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def _require_same_vocabulary(policy: Policy, codec: Codec) -> None:
+def _require_same_vocabulary(policy: Policy | Responder, codec: Codec) -> None:
     own = getattr(policy, "tokenizer", codec.tokenizer)
     if own is not codec.tokenizer and Codec.of(own).fingerprint != codec.fingerprint:
         raise TokenizerError("the policy has another vocabulary than the environment: its token ids mean other text")
