@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+from socketserver import ThreadingTCPServer
 from typing import Any
 
 from rlhf_env.models.causal_lm import CausalLM
@@ -62,7 +63,7 @@ def serving(handle: Handler) -> Iterator[Served]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Connection)
+    server = ThreadingTCPServer(("127.0.0.1", 0), Connection)  # HTTPServer would ask for its own name first
     server.daemon_threads, server.block_on_close = True, False
     served = Served(f"http://127.0.0.1:{server.server_address[1]}/v1")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)

@@ -18,6 +18,7 @@ from rlhf_env.text.codec import Codec
 from rlhf_env.types import Policy, SamplingLaw
 
 _ZERO = -9999.0  # what vLLM says for the logarithm of 0; llama.cpp says less
+_ROUNDING = 1e-3  # a probability of 1 may be said as a little more
 _TOKEN_ID = "token_id:"
 
 
@@ -210,7 +211,7 @@ def _read(
     if len(logp) != len(ids):
         raise RemoteError(f"{where} has {len(ids)} tokens, but {len(logp)} log-probabilities")
     for number in logp:
-        if isinstance(number, bool) or not isinstance(number, int | float) or not _ZERO < number <= 0:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not _ZERO < number < _ROUNDING:
             raise RemoteError(f"{where} has {safe_text(repr(number)[:40])} for the log-probability of a token it wrote")
     reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
