@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from rlhf_env.errors import ConfigError, RemoteError
 from rlhf_env.records.safe_text import safe_text
 from rlhf_env.settings import HTTPConfig
+
+T = TypeVar("T")
 
 API_KEY = "RLHF_ENV_API_KEY"  # the environment variable that may hold a bearer token
 
@@ -75,13 +77,14 @@ def post_all(
     config: HTTPConfig | None = None,
     *,
     at_once: int,
+    read: Callable[[int, Any], T],
     key: str = API_KEY,
     progress: Callable[[int], None] | None = None,
-) -> list[Any]:
-    """`post_json` of each of `bodies`, `at_once` of them at a time; the answers in their order.
+) -> list[T]:
+    """`post_json` of each of `bodies`, `at_once` of them at a time; what `read(i, answer)` makes of each, in order.
 
-    The first failure ends it: nothing more is sent, and nobody waits for what is under way. `progress` is told how
-    many more are answered.
+    An answer is read as soon as it is there. The first failure, be it of `read`, ends it: nothing more is sent, and
+    nobody waits for what is under way. `progress` is told how many more are read.
     """
     waiting: SimpleQueue[int] = SimpleQueue()
     answered: SimpleQueue[tuple[int, Any, Exception | None]] = SimpleQueue()
@@ -102,17 +105,18 @@ def post_all(
 
     for _ in range(min(at_once, len(bodies))):
         threading.Thread(target=work, daemon=True).start()  # a daemon: Ctrl-C does not wait for the server
-    answers: list[Any] = [None] * len(bodies)
+    results: dict[int, T] = {}
     try:
         for _ in bodies:
-            i, answers[i], error = answered.get()
+            i, answer, error = answered.get()
             if error is not None:
                 raise error
+            results[i] = read(i, answer)
             if progress is not None:
                 progress(1)
     finally:
         over.set()
-    return answers
+    return [results[i] for i in range(len(bodies))]
 
 
 class _Unreachable(Exception):

@@ -225,27 +225,38 @@ def test_many_at_once_come_back_in_order_and_no_more_than_allowed():
         time.sleep(0.03 if body % 2 else 0.005)
         reply(connection, {"square": body**2})
 
+    def square(i: int, answer: Any) -> tuple[int, int]:
+        return i, answer["square"]
+
     told: list[int] = []
     with serving(slow) as served:
-        answers = post_all(served.url, list(range(24)), QUICK, at_once=4, progress=told.append)
-    assert answers == [{"square": i**2} for i in range(24)]
+        answers = post_all(served.url, list(range(24)), QUICK, at_once=4, read=square, progress=told.append)
+    assert answers == [(i, i**2) for i in range(24)]
     assert served.at_once == 4
     assert told == [1] * 24
-    assert post_all("http://127.0.0.1:9", [], QUICK, at_once=4) == []
+    assert post_all("http://127.0.0.1:9", [], QUICK, at_once=4, read=square) == []
 
 
-def test_the_first_failure_ends_it_without_waiting_for_the_others():
+@pytest.mark.parametrize("status", [400, 200])
+def test_the_first_failure_ends_it_without_waiting_for_the_others(status):
+    """Whether the server refuses, or what it says cannot be read."""
+
     def handle(connection: BaseHTTPRequestHandler, body: Any, n: int) -> None:
         if body == 1:
-            reply(connection, b"no such prompt", 400)
+            reply(connection, b'"no such prompt"', status)
         else:
             time.sleep(0.25)
             reply(connection, body)
 
+    def read(i: int, answer: Any) -> Any:
+        if isinstance(answer, str):
+            raise RemoteError(f"answer {i}: {answer}")
+        return answer
+
     with serving(handle) as served:
         began = time.monotonic()
-        with pytest.raises(RemoteError, match="400: no such prompt"):
-            post_all(served.url, list(range(50)), QUICK, at_once=2)
+        with pytest.raises(RemoteError, match='400: "no such prompt"' if status == 400 else "answer 1: no such prompt"):
+            post_all(served.url, list(range(50)), QUICK, at_once=2, read=read)
         assert time.monotonic() - began < 0.2
         time.sleep(0.3)
         assert len(served.asked) <= 3

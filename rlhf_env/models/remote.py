@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -20,6 +21,15 @@ from rlhf_env.types import Policy, SamplingLaw
 _ZERO = -9999.0  # what vLLM says for the logarithm of 0; llama.cpp says less
 _ROUNDING = 1e-3  # a probability of 1 may be said as a little more
 _TOKEN_ID = "token_id:"
+
+
+@dataclass(frozen=True)
+class _Completion:
+    """What a server wrote after one prompt."""
+
+    ids: list[int]  # EOS included
+    logp: list[float]  # of each, but for an EOS that the server left out
+    text: str  # as the server reads the ids; "" where it says none
 
 
 class RemoteLM:
@@ -77,25 +87,28 @@ class RemoteLM:
             for prompt, limit, seed in zip(prompts, limits, seeds, strict=True)
         ]
         url = f"{self.url}/completions"
-        answers = post_all(url, bodies, self.config.http, at_once=num_rows, progress=progress)
-        read = [
-            _read(answer, f"{url}: the response to prompt {i}", prompt, limit, law)
-            for i, (answer, prompt, limit) in enumerate(zip(answers, prompts, limits, strict=True))
-        ]
-        self._require_own_text(prompts, answers, read)
+        written = post_all(
+            url,
+            bodies,
+            self.config.http,
+            at_once=num_rows,
+            read=lambda i, answer: _read(answer, f"{url}: the response to prompt {i}", prompts[i], limits[i], law),
+            progress=progress,
+        )
+        self._require_own_text(prompts, written)
 
         total, most = len(prompts), max(limits)
         ids, logp = np.zeros((total, most), dtype=np.int64), np.zeros((total, most), dtype=np.float32)
         length, ended = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.bool_)
-        for i, (tokens, numbers) in enumerate(read):
-            if reference is not None and len(numbers) < len(tokens):
+        for i, one in enumerate(written):
+            kept, ended[i] = _until_end(one.ids, prompts[i], law, stop)
+            known = min(kept, len(one.logp))
+            if reference is not None and known < kept:
                 raise RemoteError(
                     f"{url}: the response to prompt {i} ended, but the server does not say the log-probability of EOS, "
                     "without which there is no KL to the reference"
                 )
-            kept, ended[i] = _until_end(tokens, prompts[i], law, stop)
-            ids[i, :kept], length[i] = tokens[:kept], kept
-            logp[i, : min(kept, len(numbers))] = numbers[:kept]
+            ids[i, :kept], logp[i, :known], length[i] = one.ids[:kept], one.logp[:known], kept
         width = int(length.max())
         return Samples(
             response_ids=torch.from_numpy(ids[:, :width]),
@@ -150,12 +163,7 @@ class RemoteLM:
             "frequency_penalty": 0.0,
         }
 
-    def _require_own_text(
-        self,
-        prompts: Sequence[Sequence[int]],
-        answers: Sequence[Any],
-        read: Sequence[tuple[list[int], list[float]]],
-    ) -> None:
+    def _require_own_text(self, prompts: Sequence[Sequence[int]], written: Sequence[_Completion]) -> None:
         """Refuse token ids that mean other text to the server than to the tokenizer.
 
         Half a character, spaces and special tokens are shown differently here and there, so single texts may differ;
@@ -163,9 +171,9 @@ class RemoteLM:
         """
         codec = Codec.of(self.tokenizer)
         pairs = [
-            (text, codec.decode_response(prompt, tokens))
-            for prompt, answer, (tokens, _) in zip(prompts, answers, read, strict=True)
-            if isinstance(text := answer["choices"][0].get("text"), str) and _letters(text)
+            (one.text, codec.decode_response(prompt, one.ids))
+            for prompt, one in zip(prompts, written, strict=True)
+            if _letters(one.text)
         ]
         if pairs and not any(_letters(theirs) == _letters(ours) for theirs, ours in pairs):
             theirs, ours = (safe_text(text[:60]) for text in pairs[0])
@@ -192,10 +200,8 @@ def _letters(text: str) -> str:
     return "".join(c for c in text if not c.isspace() and c != "\ufffd")
 
 
-def _read(
-    answer: Any, where: str, prompt: Sequence[int], limit: int, law: SamplingLaw
-) -> tuple[list[int], list[float]]:
-    """Token ids and log-probabilities of a completion, checked; of an EOS that is added here there is no number."""
+def _read(answer: Any, where: str, prompt: Sequence[int], limit: int, law: SamplingLaw) -> _Completion:
+    """What a server answered, checked; of an EOS that is added here there is no log-probability."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise RemoteError(f"{where} is no completion with one choice")
@@ -205,8 +211,8 @@ def _read(
         raise RemoteError(f"{where} is one to another prompt: the server read other token ids than it was sent")
     if outside := [token for token in ids if not 0 <= token < law.vocab_size]:
         raise RemoteError(
-            f"{where} holds the token {outside[0]}, but the tokenizer has {law.vocab_size}: server.tokenizer must be "
-            "that of the served model"
+            f"{where} holds the token {str(outside[0])[:40]}, but the tokenizer has {law.vocab_size}: server.tokenizer "
+            "must be that of the served model"
         )
     if len(logp) != len(ids):
         raise RemoteError(f"{where} has {len(ids)} tokens, but {len(logp)} log-probabilities")
@@ -229,7 +235,8 @@ def _read(
             f"{where} has {len(ids)} tokens where {limit} were to be the most and finish_reason is {reason}: is the "
             "server's context too short?"
         )
-    return ids, [float(number) for number in logp]
+    text = choice.get("text")
+    return _Completion(ids, [float(number) for number in logp], text if isinstance(text, str) else "")
 
 
 def _numbers(choice: dict[str, Any], where: str) -> tuple[list[int], list[Any]]:

@@ -289,6 +289,13 @@ def test_an_answer_that_is_none_is_refused_in_one_line_that_names_server_and_pro
     assert str(caught.value).isprintable()
 
 
+def test_nothing_more_is_asked_of_a_server_whose_answers_are_none():
+    with serving_model(random_model(), altered(token_ids=..., logprobs=None)) as served:
+        with pytest.raises(RemoteError, match="has no token ids"):
+            asked(remote(served), prompts=30 * PROMPTS, num_rows=2)
+        assert len(served.asked) < 10
+
+
 def test_another_vocabulary_of_the_same_size_is_noticed_by_its_text():
     with serving_model(random_model()) as served:
         policy = remote(served, tokenizer=char_tokenizer(ALPHABET[::-1]))
