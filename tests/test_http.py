@@ -106,8 +106,8 @@ def test_a_server_that_is_away_is_called_again_and_named():
 
 OK = b"HTTP/1.1 200 OK\r\n"
 HOSTILE: dict[str, tuple[Handler, str]] = {
-    "stalls": (lambda *_: time.sleep(0.5), r"was silent for 0.3 seconds"),
-    "stalls in the middle": (raw(OK + b"Content-Length: 9\r\n\r\n[1", 0.5), "was silent for 0.3 seconds"),
+    "stalls": (lambda *_: time.sleep(1.0), r"was silent for 0.3 seconds"),
+    "stalls in the middle": (raw(OK + b"Content-Length: 9\r\n\r\n[1", 1.0), "was silent for 0.3 seconds"),
     "drips a header": (raw(b"x", 0.02, 200), "did not finish its answer in 0.4 seconds"),
     "drips a body": (
         lambda c, b, n: [raw(OK + b"\r\n[")(c, b, n), raw(b" ", 0.02, 200)(c, b, n)] and None,
@@ -139,7 +139,7 @@ def test_an_answer_that_is_none_is_one_line_and_asked_for_once(name):
         began = time.monotonic()
         with pytest.raises(RemoteError, match=message) as caught:
             post_json(served.url, 1, replace(QUICK, timeout=0.4))
-        assert time.monotonic() - began < 0.9
+        assert time.monotonic() - began < 2
         assert str(caught.value).startswith(served.url)
         assert str(caught.value).isprintable()
         assert len(served.asked) == 1
@@ -232,7 +232,7 @@ def test_many_at_once_come_back_in_order_and_no_more_than_allowed():
     with serving(slow) as served:
         answers = post_all(served.url, list(range(24)), QUICK, at_once=4, read=square, progress=told.append)
     assert answers == [(i, i**2) for i in range(24)]
-    assert served.at_once == 4
+    assert 1 < served.at_once <= 4
     assert told == [1] * 24
     assert post_all("http://127.0.0.1:9", [], QUICK, at_once=4, read=square) == []
 
@@ -245,7 +245,7 @@ def test_the_first_failure_ends_it_without_waiting_for_the_others(status):
         if body == 1:
             reply(connection, b'"no such prompt"', status)
         else:
-            time.sleep(0.25)
+            time.sleep(1.0 if body == 0 else 0.05)
             reply(connection, body)
 
     def read(i: int, answer: Any) -> Any:
@@ -256,8 +256,8 @@ def test_the_first_failure_ends_it_without_waiting_for_the_others(status):
     with serving(handle) as served:
         began = time.monotonic()
         with pytest.raises(RemoteError, match='400: "no such prompt"' if status == 400 else "answer 1: no such prompt"):
-            post_all(served.url, list(range(50)), QUICK, at_once=2, read=read)
-        assert time.monotonic() - began < 0.2
+            post_all(served.url, list(range(50)), replace(QUICK, read_timeout=5.0), at_once=2, read=read)
+        assert time.monotonic() - began < 0.9
         time.sleep(0.3)
         assert len(served.asked) <= 3
 
