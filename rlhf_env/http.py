@@ -36,11 +36,12 @@ def is_url(name: str) -> bool:
 def post_json(url: str, body: Any, config: HTTPConfig | None = None, *, key: str = API_KEY) -> Any:
     """POST `body` as JSON to `url`; the JSON that the server answers with.
 
-    The environment variable `key`, where it is set, is sent as a bearer token and shown nowhere. Repeated is only what
-    is safe to: where there is no connection, and after the statuses 429 and 5xx, with growing random waits, or the one
-    that the server asks for (Retry-After), until the attempts or the seconds of `config` are used up. Everything else
-    fails at once: other statuses (redirections, too, so that no token travels on), silence, an answer cut short, one
-    that is not JSON. Raises `RemoteError` naming the URL, `ConfigError` for a URL or token that cannot be used.
+    The environment variable `key`, where it is set, is sent as a bearer token and shown nowhere. The request is sent
+    again only where there is no connection, or none until an answer begins, and after the statuses 429 and 5xx: after
+    growing random waits, or the one that the server asks for (Retry-After), until the attempts or the seconds of
+    `config` are used up. Everything else fails at once: other statuses (redirections, too, so that no token travels
+    on), silence, an answer cut short, one that is not JSON. Raises `RemoteError` naming the URL, `ConfigError` for a
+    URL or token that cannot be used.
     """
     config = config or HTTPConfig()
     address, headers = _address(url), _headers(key)
@@ -120,7 +121,7 @@ def post_all(
 
 
 class _Unreachable(Exception):
-    """There is no connection, so nothing was asked."""
+    """There is no connection, or there was none until an answer began."""
 
 
 class _OutOfTime(OSError):
@@ -158,8 +159,13 @@ def _attempt(
         watchdog.daemon = True
         watchdog.start()
         try:
-            connection.request("POST", address.path, payload, headers)
-            response = connection.getresponse()
+            try:
+                connection.request("POST", address.path, payload, headers)
+                response = connection.getresponse()
+            except ConnectionError:  # as a server does whose queue is full, or that is being restarted
+                if expired.is_set():
+                    raise
+                raise _Unreachable("it hung up before it answered") from None
             data = response.read(_MOST_BYTES + 1)
         except (OSError, HTTPException, ValueError):
             if expired.is_set():

@@ -30,6 +30,10 @@ class Served:
     at_once: int = 0  # the most requests that were under way together
 
 
+class _Server(ThreadingTCPServer):  # an HTTPServer would ask for its own name first
+    daemon_threads, block_on_close, request_queue_size = True, False, 128
+
+
 Handler = Callable[[BaseHTTPRequestHandler, Any, int], None]
 
 
@@ -63,8 +67,7 @@ def serving(handle: Handler) -> Iterator[Served]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingTCPServer(("127.0.0.1", 0), Connection)  # HTTPServer would ask for its own name first
-    server.daemon_threads, server.block_on_close = True, False
+    server = _Server(("127.0.0.1", 0), Connection)
     served = Served(f"http://127.0.0.1:{server.server_address[1]}/v1")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

@@ -104,6 +104,18 @@ def test_a_server_that_is_away_is_called_again_and_named():
         assert 0.02 <= time.monotonic() - began < 1
 
 
+def hang_up(*_: Any) -> None:
+    """As a server does that is being restarted."""
+
+
+def test_a_server_that_hangs_up_before_it_answers_is_called_again():
+    with serving(lambda c, b, n: hang_up() if n < 2 else echo(c, b, n)) as served:
+        assert post_json(served.url, 1, QUICK)["n"] == 2
+    with serving(hang_up) as served:
+        with pytest.raises(RemoteError, match=r"cannot be reached \(it hung up before it answered\).*tried 3 times"):
+            post_json(served.url, 1, QUICK)
+
+
 OK = b"HTTP/1.1 200 OK\r\n"
 HOSTILE: dict[str, tuple[Handler, str]] = {
     "stalls": (lambda *_: time.sleep(1.0), r"was silent for 0.3 seconds"),
@@ -113,7 +125,6 @@ HOSTILE: dict[str, tuple[Handler, str]] = {
         lambda c, b, n: [raw(OK + b"\r\n[")(c, b, n), raw(b" ", 0.02, 200)(c, b, n)] and None,
         "did not finish its answer in 0.4 seconds",
     ),
-    "hangs up": (lambda *_: None, "broke off its answer: Remote end closed connection"),
     "cuts short": (raw(OK + b"Content-Length: 100\r\n\r\n[1, 2]"), "broke off its answer: 94 bytes of the answer are"),
     "cuts a chunk short": (raw(OK + b"Transfer-Encoding: chunked\r\n\r\n9\r\n[1"), "broke off its answer"),
     "speaks another protocol": (raw(b"220 smtp.example ESMTP\r\n"), "broke off its answer: 220 smtp.example"),
