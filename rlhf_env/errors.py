@@ -43,6 +43,10 @@ class DataError(RLHFEnvError, ValueError):
     """A file of data is malformed; the message names file, line and reason."""
 
 
+class RemoteError(RLHFEnvError, RuntimeError):
+    """A server cannot be reached, fails, or answers otherwise than agreed; the message names its address."""
+
+
 class NegativeKLWarning(UserWarning):
     """The mean KL to the reference is negative beyond chance, which no true KL is."""
 

@@ -1,9 +1,10 @@
-"""Settings of the learning stages, apart from the code that uses them, so that `--help` need not import torch."""
+"""Settings of the learning stages and of servers, apart from the code that uses them: `--help` imports no torch."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from rlhf_env.errors import ConfigError
 
@@ -46,6 +47,34 @@ class BradleyTerryConfig:
 
     def __post_init__(self) -> None:
         _require_step_sizes(self)
+
+
+@dataclass(frozen=True)
+class HTTPConfig:
+    """How patient a client is with a server."""
+
+    connect_timeout: float = 10.0  #: seconds until a connection must stand
+    read_timeout: float = 300.0  #: seconds that a server may be silent, also while it works on its answer
+    timeout: float = 900.0  #: seconds for one request in all: every attempt, and the waits between them
+    attempts: int = 5  #: how often a request is sent where the server is away, busy (429) or broken (5xx)
+    first_wait: float = 0.5  #: seconds before the second attempt, at random half to all of it; then twice as long …
+    longest_wait: float = 30.0  #: … up to this many seconds
+
+    def __post_init__(self) -> None:
+        require(self, attempts=(1, None), first_wait=(0, None), longest_wait=(0, None))
+        for name in ("connect_timeout", "read_timeout", "timeout"):
+            if not 0 < (seconds := getattr(self, name)) < math.inf:
+                raise ConfigError(f"{name} must be a positive number of seconds, it is {seconds}")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The server that a policy's URL names: what it serves, and how it is asked."""
+
+    model: str | None = None  #: where the policy is a URL: the name under which the server knows the model
+    tokenizer: str | None = None  #: where the policy is a URL: folder or hub name of the model's tokenizer
+    logprobs: Literal["raw", "processed"] = "raw"  #: the server's log-probabilities: before the temperature, or after
+    http: HTTPConfig = field(default_factory=HTTPConfig)  #: how patiently it is asked
 
 
 def require(config: object, **limits: tuple[float, float | None]) -> None:

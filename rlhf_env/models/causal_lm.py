@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PretrainedC
 from rlhf_env import processes
 from rlhf_env.errors import ConfigError, TokenizerError
 from rlhf_env.functional import token_statistics
+from rlhf_env.http import is_url
 from rlhf_env.models.adapters import same_weights, without_adapters
 from rlhf_env.models.blocks import Body
 from rlhf_env.models.decoding import BlockDecoder, CachedDecoder, FullContextDecoder, keeps_only_keys_and_values
@@ -71,6 +72,11 @@ class CausalLM(nn.Module):
         model, or where weights are missing from it.
         """
         name = os.fspath(name)
+        if is_url(name):
+            raise ConfigError(
+                f"{name} is a server, which generate, prefer and evaluate can ask for responses; here the weights "
+                "themselves are needed: give the folder or hub name of a model"
+            )
         folder = Path(name)
         if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
             raise ConfigError(f"there is no folder {name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +26,41 @@ class Samples:
     values: Tensor  # float [B, T] of the state before each token
     ended: Tensor  # bool [B], True = by EOS or a stop string, False = by a limit
     candidates: Tensor | None  # int64 [B, T, K], −1 = none: what could be written, where the law truncates
+
+
+@runtime_checkable
+class Responder(Protocol):
+    """A policy of which only whole responses can be had: no weights, and no distribution of the next token."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """What its token ids mean."""
+        ...
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that prompt and response may have together, where that is known."""
+        ...
+
+    def sample_responses(
+        self,
+        prompts: Sequence[Sequence[int]],
+        law: SamplingLaw,
+        *,
+        max_new_tokens: int | Sequence[int],
+        seeds: Sequence[Sequence[int]],
+        num_rows: int = 32,
+        greedy: bool = False,
+        reference: Policy | None = None,
+        stop: Callable[[Sequence[int], list[int]], bool] | None = None,
+        progress: Callable[[int], None] | None = None,
+        first: int = 0,
+    ) -> Samples:
+        """One response to each prompt, as the function `sample_responses` gives them.
+
+        Where there is a `reference`, the log-probabilities will be compared with its own: they must be the law's.
+        """
+        ...
 
 
 @torch.no_grad()

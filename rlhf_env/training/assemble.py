@@ -15,13 +15,15 @@ from rlhf_env.envs.beta import AdaptiveBeta, BetaController, ScheduledBeta
 from rlhf_env.envs.task import KLMode, ScoreFn
 from rlhf_env.envs.vector import TextGenerationVectorEnv
 from rlhf_env.errors import ConfigError, EmptyPromptError, PromptTooLongError, TokenizerError
+from rlhf_env.http import is_url
 from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.models.remote import RemoteLM
 from rlhf_env.records.safe_text import safe_text
 from rlhf_env.reward_models.ensemble import Ensemble
 from rlhf_env.reward_models.load import load_reward
 from rlhf_env.text.codec import Codec
 from rlhf_env.text.prompts import load_prompts
-from rlhf_env.training.config import EnvConfig, EvaluateConfig, TrainConfig
+from rlhf_env.training.config import EnvConfig, EvaluateConfig, GenerateConfig, PreferConfig, TrainConfig
 from rlhf_env.types import Policy, RewardModel
 
 _HELD_OUT_STREAM = 2
@@ -103,6 +105,13 @@ def split_prompts(prompts: Sequence[str], seed: int, share: float = 0.1) -> tupl
     return [p for p in prompts if p not in held_out], [p for p in distinct if p in held_out]
 
 
+def load_sampler(config: PreferConfig | EvaluateConfig | GenerateConfig) -> CausalLM | RemoteLM:
+    """The policy of settings that only want its responses: a model, or a server that has one."""
+    if is_url(config.policy):
+        return RemoteLM.connect(config.policy, config.server)
+    return CausalLM.from_pretrained(config.policy, device=config.device, dtype=config.dtype)
+
+
 def load_reference(config: TrainConfig | EvaluateConfig) -> CausalLM | None:
     """The frozen reference, where the settings name one."""
     if config.reference is None:
@@ -115,7 +124,7 @@ def make_envs(
     num_envs: int,
     prompts: Sequence[str],
     file: str,
-    policy: CausalLM,
+    policy: CausalLM | RemoteLM,
     reward: RewardModel | ScoreFn,
     reference: Policy | None,
     beta: float | BetaController,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from rlhf_env.envs.core import TokenMDP
 from rlhf_env.envs.task import TextTask
 from rlhf_env.errors import ConfigError, NegativeKLWarning, PromptTooLongError, TokenizerError
 from rlhf_env.functional import token_rewards
-from rlhf_env.models.sampling import Samples, sample_responses
+from rlhf_env.models.sampling import Responder, Samples, sample_responses
 from rlhf_env.models.scoring import teacher_forced_logp
 from rlhf_env.models.sharding import gathered
 from rlhf_env.text.codec import Codec
@@ -27,7 +28,7 @@ _SAMPLING_STREAM = 1  # keeps the random numbers of sampling apart from those th
 
 
 def collect(
-    policy: Policy,
+    policy: Policy | Responder,
     envs: Any,
     prompts: Sequence[str] | None = None,
     *,
@@ -46,7 +47,8 @@ def collect(
     their endlessly reshuffled order, where each stands `group_size` times in a row (none: as the environment says).
     Episode i depends only on `seed`, `start + i`, its prompt and `stream`, whose number keeps independent answers to
     the same prompts apart. `envs` is a `TextGenerationVectorEnv` (its `num_envs` rows are decoded side by side) or any
-    wrapper of one. `progress` is told how many more episodes are finished.
+    wrapper of one. A policy that is a `Responder` is asked for its responses. `progress` is told how many more episodes
+    are finished.
 
     Where several `processes` work together, each writes and scores its share, and all of them get all episodes.
     """
@@ -84,9 +86,10 @@ def collect(
     mine = processes.share(len(prompts))
     seeds = [(seed, start + i, _SAMPLING_STREAM, *([stream] if stream else [])) for i in range(len(prompts))]
 
+    answer = policy.sample_responses if isinstance(policy, Responder) else partial(sample_responses, policy)
+
     def written() -> Rollout:
-        samples = sample_responses(
-            policy,
+        samples = answer(
             prompt_ids[mine],
             task.law,
             max_new_tokens=limits[mine],
@@ -115,7 +118,11 @@ def collect(
 
 
 def _charged(
-    policy: Policy, core: TokenMDP, prompts: Sequence[str], prompt_ids: Sequence[Sequence[int]], samples: Samples
+    policy: Policy | Responder,
+    core: TokenMDP,
+    prompts: Sequence[str],
+    prompt_ids: Sequence[Sequence[int]],
+    samples: Samples,
 ) -> Rollout:
     """Sampled responses with what the reward model and the reference say of them."""
     task, ended = core.task, samples.ended
@@ -160,7 +167,7 @@ def left_padded_prompts(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Ten
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def _require_same_vocabulary(policy: Policy, codec: Codec) -> None:
+def _require_same_vocabulary(policy: Policy | Responder, codec: Codec) -> None:
     own = getattr(policy, "tokenizer", codec.tokenizer)
     if own is not codec.tokenizer and Codec.of(own).fingerprint != codec.fingerprint:
         raise TokenizerError("the policy has another vocabulary than the environment: its token ids mean other text")

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlhf_env.errors import ConfigError
-from rlhf_env.settings import BradleyTerryConfig, LabelerConfig, SFTConfig
+from rlhf_env.http import is_url
+from rlhf_env.settings import BradleyTerryConfig, LabelerConfig, ServerConfig, SFTConfig
 
 DType = Literal["float32", "float64", "bfloat16", "float16"]
 
@@ -99,7 +100,7 @@ class FineTuneConfig:
 class PreferConfig:
     """Comparisons: K responses to each prompt, ranked by a simulated labeler who knows the gold reward."""
 
-    policy: str  #: folder or hub name of the model that writes the responses
+    policy: str  #: folder or hub name of the model that writes the responses, or a server's http://HOST:PORT/v1
     prompts: str  #: file of prompts, .txt (one per line) or .jsonl (key "prompt"), or hf:NAME
     gold: str  #: the labeler's true reward: "vader", "module:function" or the folder of a classifier
     comparisons: int = 1000  #: how many to make
@@ -110,8 +111,10 @@ class PreferConfig:
     dtype: DType = "float32"  #: precision of the model's weights
     num_envs: int = 32  #: responses written side by side
     env: EnvConfig = field(default_factory=EnvConfig)  #: the token MDP that the responses are written in
+    server: ServerConfig = field(default_factory=ServerConfig)  #: the server, where the policy is one
 
     def __post_init__(self) -> None:
+        _require_server(self.policy, self.server, self.env)
         _require(self, {"comparisons": 1, "responses": 2, "num_envs": 1, "seed": 0})
 
 
@@ -179,6 +182,11 @@ class TrainConfig:
     settings: dict[str, Any] = field(default_factory=dict)  #: the agent's own, e.g. learning_rate; see its config
 
     def __post_init__(self) -> None:
+        if is_url(self.policy):
+            raise ConfigError(
+                f"{self.policy} is a server, whose weights train cannot change, and a policy in training must sample "
+                "from its weights as they are at the moment: give the folder or hub name of a model"
+            )
         given = self._given
         if len(given) > 1:
             raise ConfigError(f"a run has one budget, but {' and '.join(given)} are given: leave all but one out")
@@ -199,7 +207,7 @@ class TrainConfig:
 class EvaluateConfig:
     """An evaluation of a policy on prompts."""
 
-    policy: str  #: folder or hub name of the language model to evaluate, e.g. the model/ of a run
+    policy: str  #: folder or hub name of the model to evaluate, e.g. a run's model/, or a server's http://HOST:PORT/v1
     prompts: str  #: file of prompts, .txt (one per line) or .jsonl (key "prompt")
     reward: str  #: what scores responses: "vader", "module:function", the folder of a classifier, or several, A,B,C
     reference: str | None = None  #: the model to measure KL and win rate against; none: neither is measured
@@ -213,8 +221,12 @@ class EvaluateConfig:
     dtype: DType = "float32"  #: precision of the model's weights
     num_envs: int = 32  #: responses written side by side
     env: EnvConfig = field(default_factory=EnvConfig)  #: the token MDP
+    server: ServerConfig = field(default_factory=ServerConfig)  #: the server, where the policy is one
 
     def __post_init__(self) -> None:
+        _require_server(self.policy, self.server, self.env)
+        if self.text is not None and is_url(self.policy):
+            raise ConfigError(f"perplexity needs the model's weights, so text cannot be measured on {self.policy}")
         _require(self, {"num_envs": 1, "best_of": 0, "seed": 0, **({} if self.episodes is None else {"episodes": 1})})
         if self.best_of and self.reference is None:
             raise ConfigError("best-of-n chooses among the reference's responses: give a reference, or best_of=0")
@@ -224,7 +236,7 @@ class EvaluateConfig:
 class GenerateConfig:
     """Responses of a policy to prompts, unscored."""
 
-    policy: str  #: folder or hub name of the language model
+    policy: str  #: folder or hub name of the language model, or a server's http://HOST:PORT/v1
     prompts: str | None = None  #: file of prompts, .txt (one per line) or .jsonl (key "prompt")
     prompt: str | None = None  #: one prompt, as text
     greedy: bool = False  #: take the most probable token instead of sampling
@@ -233,8 +245,10 @@ class GenerateConfig:
     dtype: DType = "float32"  #: precision of the model's weights
     num_envs: int = 32  #: responses written side by side
     env: EnvConfig = field(default_factory=EnvConfig)  #: the token MDP
+    server: ServerConfig = field(default_factory=ServerConfig)  #: the server, where the policy is one
 
     def __post_init__(self) -> None:
+        _require_server(self.policy, self.server, self.env)
         if (self.prompts is None) == (self.prompt is None):
             raise ConfigError("generate needs either a file of prompts (--prompts) or one prompt (--prompt)")
         _require(self, {"num_envs": 1, "seed": 0})
@@ -277,6 +291,22 @@ class PipelineConfig:
 def _require_share(name: str, value: float) -> None:
     if not 0 < value < 1:
         raise ConfigError(f"{name} must be a share between 0 and 1, it is {value}")
+
+
+def _require_server(policy: str, server: ServerConfig, env: EnvConfig) -> None:
+    if not is_url(policy):
+        if server.model or server.tokenizer:
+            raise ConfigError(f"server.model and server.tokenizer are of a policy that is a URL; {policy} is none")
+    elif not (server.model and server.tokenizer):
+        raise ConfigError(
+            f"{policy} is a server: say server.model, the name under which it knows the model, and server.tokenizer, "
+            "the folder or hub name of the model's tokenizer"
+        )
+    elif env.top_k or env.top_p < 1 or env.min_new_tokens:
+        raise ConfigError(
+            f"top_k, top_p and min_new_tokens mean other things to other servers, so {policy} is not asked for them: "
+            "leave them out"
+        )
 
 
 def _require(config: Any, at_least: dict[str, int]) -> None:

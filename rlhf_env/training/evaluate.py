@@ -17,6 +17,7 @@ from rlhf_env.errors import DataError
 from rlhf_env.functional import best_of_n, best_of_n_kl_bound, gae, kl_k2, kl_k3, masked_sum
 from rlhf_env.intervals import mean_interval, rate_interval
 from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.models.sampling import Responder
 from rlhf_env.models.scoring import full_kl, teacher_forced_logp
 from rlhf_env.models.sharding import gathered
 from rlhf_env.training.collect import collect
@@ -38,7 +39,7 @@ class Evaluation:
 
 @gathered()
 def evaluate(
-    policy: Policy,
+    policy: Policy | Responder,
     envs: Any,
     prompts: Sequence[str] | None = None,
     *,
@@ -51,6 +52,9 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Sample one response to each prompt and measure them, beside the reference's responses to the same prompts.
+
+    Of a policy that is a `Responder`, `kl_full` and the `ratio` of the reference's tokens cannot be known and are left
+    out; its log-probabilities, and so `kl`, are what it says; and its random numbers are its own.
 
     With `best_of` n, the policy's response is the one of n draws that has the highest score (of equals the first).
     What the KL of such a choice is, no log-ratio says; `kl_bound`, in place of `kl` and its kin, is log n − (n − 1)/n
@@ -100,8 +104,13 @@ def evaluate(
             row |= {} if best_of > 1 else {"kl": kl}
             row |= {f"reference_{name}": value for name, value in other.items() if name != "prompt"}
         shown = theirs[slice(0, _SHOWN)]
-        log_ratio = teacher_forced_logp(policy, shown) - shown.ref_logp
-        for row, other, numbers in zip(tokens, others, token_rows(task, shown, log_ratio), strict=False):
+        if isinstance(policy, Responder):
+            rows = token_rows(task, shown)
+            for row in rows:
+                del row["numbers"]["ratio"]
+        else:
+            rows = token_rows(task, shown, teacher_forced_logp(policy, shown) - shown.ref_logp)
+        for row, other, numbers in zip(tokens, others, rows, strict=False):
             row["reference"] = {**numbers, "facts": _facts(other)}
     for row, sample in zip(tokens, samples, strict=False):
         row["policy"]["facts"] = _facts(sample)
@@ -179,7 +188,7 @@ def distinct_n(rollout: Rollout, n: int) -> float:
 
 
 @torch.no_grad()
-def perplexity(policy: Policy, task: TextTask, text: str) -> float:
+def perplexity(policy: Policy | Responder, task: TextTask, text: str) -> float:
     """exp of the mean negative log-likelihood per token of `text`, in windows that fit the model's context.
 
     Each window's first token is only conditioned on; the sampling law (temperature, bans) does not apply.

@@ -15,11 +15,12 @@ from rlhf_env.envs.rewards import scores_of
 from rlhf_env.envs.vector import TextGenerationVectorEnv
 from rlhf_env.errors import DataError
 from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.models.remote import RemoteLM
 from rlhf_env.records.config import to_dict
 from rlhf_env.records.run import Run, require_free
 from rlhf_env.reward_models.load import load_reward
 from rlhf_env.text.prompts import load_prompts
-from rlhf_env.training.assemble import load_reference, make_envs, parse_device
+from rlhf_env.training.assemble import load_reference, load_sampler, make_envs, parse_device
 from rlhf_env.training.collect import collect
 from rlhf_env.training.config import EnvConfig, EvaluateConfig, GenerateConfig
 from rlhf_env.training.evaluate import Evaluation, best_of_n_path, evaluate, response_texts
@@ -41,7 +42,7 @@ def run_evaluation(
     text = None if config.text is None else read_text(config.text)
     reward = load_reward(config.reward, device=device)
     gold = None if config.gold is None else load_reward(config.gold, device=device)
-    policy = CausalLM.from_pretrained(config.policy, device=config.device, dtype=config.dtype)
+    policy = load_sampler(config)
     reference = load_reference(config)
     beta = 0.0 if reference is None else config.env.beta
     envs = make_envs(config.env, config.num_envs, prompts, config.prompts, policy, reward, reference, beta)
@@ -85,7 +86,7 @@ def run_evaluation(
 def generate(config: GenerateConfig, *, progress: Progress | None = None) -> list[dict[str, Any]]:
     """One response to each prompt: rows of prompt, response, length in tokens, and whether it ended by itself."""
     parse_device(config.device)
-    policy = CausalLM.from_pretrained(config.policy, device=config.device, dtype=config.dtype)
+    policy = load_sampler(config)
     prompts = [config.prompt] if config.prompt is not None else load_prompts(str(config.prompts))
     envs = unscored_envs(config.env, config.num_envs, prompts, config.prompts or "--prompt", policy)
     tell = None if progress is None else lambda more: progress(more, len(prompts))
@@ -99,13 +100,14 @@ def generate(config: GenerateConfig, *, progress: Progress | None = None) -> lis
 
 
 def unscored_envs(
-    env: EnvConfig, num_envs: int, prompts: Sequence[str], file: str, policy: CausalLM
+    env: EnvConfig, num_envs: int, prompts: Sequence[str], file: str, policy: CausalLM | RemoteLM
 ) -> TextGenerationVectorEnv:
     """An environment to sample responses from, without reward and KL.
 
     Where the law truncates, the policy's own probabilities decide, since it is the reference here.
     """
-    reference = policy if env.top_k or env.top_p < 1 else None
+    truncates = env.top_k > 0 or env.top_p < 1  # which no server does, as the settings have made sure
+    reference = policy if truncates and isinstance(policy, CausalLM) else None
     return make_envs(env, num_envs, prompts, file, policy, _unscored, reference, 0.0)
 
 

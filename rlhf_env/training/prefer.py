@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_env.errors import DataError
-from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.preferences.comparisons import write_comparisons
 from rlhf_env.preferences.labelers import SimulatedLabeler, label_agreement, present, utilities_of
 from rlhf_env.records.config import to_dict
 from rlhf_env.records.run import Run, require_free
 from rlhf_env.reward_models.load import load_reward
 from rlhf_env.text.prompts import load_prompts, prompt_indices
-from rlhf_env.training.assemble import parse_device
+from rlhf_env.training.assemble import load_sampler, parse_device
 from rlhf_env.training.collect import collect
 from rlhf_env.training.config import PreferConfig
 from rlhf_env.training.evaluate import response_texts
@@ -38,7 +37,7 @@ def run_prefer(config: PreferConfig, out: str | Path, *, progress: Progress | No
     began = time.perf_counter()
     device, prompts = parse_device(config.device), load_prompts(config.prompts)
     gold = load_reward(config.gold, device=device)
-    policy = CausalLM.from_pretrained(config.policy, device=config.device, dtype=config.dtype)
+    policy = load_sampler(config)
     envs = unscored_envs(config.env, config.num_envs, prompts, config.prompts, policy)
     errors = f"temperature {config.labeler.temperature}, flip rate {config.labeler.flip_rate}, seed {config.seed}"
     labeler = SimulatedLabeler(gold, config.labeler, seed=config.seed, name=f"simulated: {config.gold}, {errors}")
@@ -69,7 +68,7 @@ def run_prefer(config: PreferConfig, out: str | Path, *, progress: Progress | No
             [asked[i] for i in differ],
             [responses[i] for i in differ],
             [queries + i for i in differ],
-            policy=config.policy,
+            policy=config.server.model or config.policy,
             seed=config.seed,
         )
         queries += missing
