@@ -23,23 +23,19 @@ LENGTHS: dict[str, Callable[[str], int]] = {"words": lambda text: len(text.split
 def describe(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """All that a look at comparisons can tell, as JSON would hold it; what cannot be known is left out.
 
-    comparisons, prompts, near_duplicate_prompts (that differ from another in case or white space only), responses
-    ({K: comparisons of K}), pairs (of different responses), ties (among them), labelers, policies, soft_labels,
-    strengths (comparisons that have one), orders (whose order of presentation is known), times, identical (comparisons
-    of responses that are all the same)
-
-    repeated        comparisons equal to an earlier one in all that is known of them
-    judged_again    pairs of responses that the same labeler had judged before, repeated comparisons aside
-    contradictions  pairs that one labeler judged both ways
-    cycles          prompts on which a labeler's preferences, or the sum of all labelers' (`cycles_of_all`), run in a
-                    circle: a over b over c over a
-
-    length          by words and by characters: `longer_preferred`, see `preferred_rate`, and `slope` b of
-                    P(i ≻ j) = σ(b log((1 + l_i) / (1 + l_j))), with 95 % interval
-    position        `first_shown_preferred`, where the order is known
-    first_stored_preferred  no bias where files store the chosen response first, as TRL's do: then it is 1
-    by_labeler      comparisons, tie rate, longer and first shown preferred of each
-    agreement       `agree`, the share of `judgements` of a pair by two labelers that are alike (first, second, tie)
+    - counts: `comparisons`, `prompts`, `near_duplicate_prompts` (that are another but for case or white space),
+      `responses` ({K: comparisons of K}), `pairs` (of different responses) and `ties` among them, `labelers`,
+      `policies`; comparisons with `soft_labels`, `strengths`, `orders`, `times`; `identical` (all responses the same)
+    - `repeated`: comparisons equal to an earlier one in all that is known of them; the next four leave them out
+    - `judged_again`: pairs that the same labeler had judged before; `contradictions`: pairs judged both ways
+    - `cycles`: prompts on which a labeler's preferences, summed by pair, run in a circle, a over b over c over a;
+      `cycles_of_all`: those on which the sum of all labelers' does
+    - `length`, by words and by characters: `longer_preferred` (`preferred_rate`) and the `logistic_slope` b of
+      P(i preferred to j) = σ(b log((1 + length i) / (1 + length j)))
+    - `position`: `first_shown_preferred`, where the order is known
+    - `first_stored_preferred`: 1, and no bias, where files store the chosen response first, as TRL's do
+    - `by_labeler`, the busiest first: comparisons, rate of ties, longer (in characters) and first shown preferred
+    - `agreement`, repetitions left out: `agree`, the share of `judgements` of one pair by two labelers that are alike
     """
     pairs = [pair for c in comparisons for pair in c.pairs]
     prompts = {c.prompt for c in comparisons}
@@ -64,17 +60,17 @@ def describe(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "position": preferred_rate("first_shown_preferred", comparisons, _shown_earlier),
         **preferred_rate("first_stored_preferred", comparisons, lambda c, i, j: 1),
         "by_labeler": [_labeler(name, theirs) for name, theirs in _by_labeler(comparisons)],
-        "agreement": _agreement(comparisons),
+        "agreement": _agreement(distinct),
     }
 
 
 def preferred_rate(
     name: str, comparisons: Iterable[Comparison], leads: Callable[[Comparison, int, int], int]
 ) -> dict[str, Any]:
-    """How often the response that leads is preferred: `name`, its 95 % interval, and `name`_pairs of which it is said.
+    """How often the response that leads is preferred: `name`, its 95 % interval, and with "_pairs" of how many pairs.
 
-    `leads`(c, i, j) says which of the responses i and j does: 1, −1, or 0 for neither. Pairs of which neither does, and
-    ties, do not count. The interval (Wilson) counts a comparison once, since the pairs of one ranking err together.
+    `leads` says of a comparison's responses i and j which does: above 0 i, below 0 j, 0 neither. Pairs of which neither
+    does, and ties, do not count. The interval (Wilson) counts a comparison once: pairs of one ranking err together.
     """
     won = pairs = counted = 0
     for c in comparisons:

@@ -198,6 +198,38 @@ ONE_OF_EACH = {
 }
 
 
+MESSAGES = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
+ROWS_TO_SPOIL = {form: [row] for form, row in ONE_OF_EACH.items()}
+ROWS_TO_SPOIL["ranks"] += [PAIR_OF_ALL := {"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1], "order": [1, 0]}]
+ROWS_TO_SPOIL["ranks"] += [PAIR_OF_ALL | {"policies": ["x", "y"], "strength": 2, "preference": 0.75, "labeler": "l"}]
+ROWS_TO_SPOIL["trl"] += [{"chosen": MESSAGES, "rejected": MESSAGES}, {"chosen": "p a", "rejected": "p b", "margin": 1}]
+ROWS_TO_SPOIL["trl"] += [{"prompt": MESSAGES[:1], "chosen": MESSAGES[1:], "rejected": MESSAGES[1:]}]
+ROWS_TO_SPOIL["pandalm"] += [
+    {"prompt": "p", "response_1": "a", "response_2": "b", "human_labels": [1], "models": ["x", "y"]}
+]
+ROWS_TO_SPOIL["graded"] += [ONE_OF_EACH["graded"] | {"labeller": "l", "model_a": "m", "model_b": "n"}]
+ROWS_TO_SPOIL["argilla"] += [
+    {
+        "prompt": "p",
+        "r_1": "a",
+        "r_2": "b",
+        "q.responses": ["r_1"],
+        "q.responses.users": ["u"],
+        "q.responses.status": ["draft"],
+    },
+    {
+        "fields": {"prompt": "p", "r1": "a", "r2": "b"},
+        "responses": {"q": [{"value": [{"rank": 1, "value": "r1"}], "user_id": "u"}]},
+    },
+]
+ROWS_TO_SPOIL["labelstudio"] += [
+    {
+        "data": {"prompt": "p", "items": [{"id": "x", "body": "a"}, {"id": "y", "title": "b"}]},
+        "annotations": [{"completed_by": {"id": 1}, "result": [{"type": "ranker", "value": {"ranker": ["x", "y"]}}]}],
+    }
+]
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_keys_of_a_row_say_its_form(file, form):
     reading = load_comparisons(write_lines(file, ONE_OF_EACH[form], ONE_OF_EACH[form]))
@@ -220,6 +252,59 @@ def test_a_file_holds_one_form(file, first, second):
     if first != second:
         with pytest.raises(DataError, match=":2: this row is .*, but .*pairs.jsonl:1 is .*; one file holds one form"):
             read_comparisons(write_lines(file, ONE_OF_EACH[first], ONE_OF_EACH[second]))
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-1, 3)
+    | st.floats(-1, 1)
+    | st.sampled_from(["", "a", "left", "tie", "user"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["value", "role", "id"]), inner, max_size=2)
+    ),
+    max_leaves=5,
+)
+
+
+MISSING = object()
+
+
+def nodes(value, path=()):
+    """The paths of all that is in a row, the row itself excepted."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from nodes(inner, (*path, key))
+
+
+def replaced(value, path, new):
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = replaced(value[path[0]], path[1:], new)
+    if copy[path[0]] is MISSING:
+        del copy[path[0]]
+    return copy
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_whatever_stands_in_a_row_it_is_read_or_refused_by_its_line(tmp_path_factory, form, data):
+    row = data.draw(st.sampled_from(ROWS_TO_SPOIL[form]))
+    for _ in range(data.draw(st.integers(1, 2))):
+        if paths := list(nodes(row)):
+            row = replaced(row, data.draw(st.sampled_from(paths)), data.draw(JSON | st.just(MISSING)))
+    file = write_lines(tmp_path_factory.mktemp("any") / "c.jsonl", row)
+    for named in (form, None):
+        try:
+            comparisons = read_comparisons(file, named)
+        except DataError as error:
+            assert str(error).startswith((f"{file}:1: ", f"{file}: there is no judgement to read"))
+        else:  # what is read is of the types that it should be: it comes back from our own form
+            write_comparisons(file.with_name("again.jsonl"), comparisons)
+            assert read_comparisons(file.with_name("again.jsonl")) == comparisons
 
 
 def test_a_row_in_two_forms_is_refused_with_the_names_to_choose_from(file):

@@ -24,7 +24,7 @@ _ANSWERS = ".responses"
 
 def _tells(row: Mapping[str, Any]) -> int:
     nested = isinstance(row.get("fields"), dict) + isinstance(row.get("responses"), dict)
-    return nested or sum(any(key.endswith(_ANSWERS + column) for key in row) for column in ("", ".users", ".status"))
+    return nested or sum(any(key.endswith(_ANSWERS + column) for key in row) for column in _COLUMNS.values())
 
 
 def _read(row: Row, where: str, lost: Counter[str]) -> Iterator[Comparison]:
@@ -39,13 +39,14 @@ def _read(row: Row, where: str, lost: Counter[str]) -> Iterator[Comparison]:
     if not answers:
         lost["records without an answer"] += 1
     for answer in answers:
-        names, ranks = _ranking(answer["value"], fields, where)
+        user = answer.get("user_id")
+        names, ranks = _ranking(answer.get("value"), fields, where)
         yield comparison_at(
             where,
             prompt_among(fields, names, where),
             [fields[name] for name in names],
             ranks,
-            labeler=answer.get("user_id") or "",
+            labeler="" if user is None else str(user),
         )
 
 
@@ -61,21 +62,25 @@ def _nested(row: Row, where: str) -> tuple[dict[str, str], dict[str, list[Any]]]
     keys = [key for key in row if key.endswith(_ANSWERS)]
     if not keys:
         raise DataError(f"{where}: this is no record: it has neither 'fields' nor answers to a 'QUESTION{_ANSWERS}'")
-    questions = {}
-    for key in keys:
-        columns = (row[key] or [], row.get(f"{key}.users") or [], row.get(f"{key}.status") or [])
-        if len({len(column) for column in columns if column}) > 1:
-            raise DataError(f"{where}: {key!r} and its .users and .status differ in length")
-        users, status = (column or [None] * len(columns[0]) for column in columns[1:])
-        questions[key.removesuffix(_ANSWERS)] = [
-            {"value": value, "user_id": user, "status": stage}
-            for value, user, stage in zip(columns[0], users, status, strict=True)
-        ]
+    questions = {key.removesuffix(_ANSWERS): _answers(row, key, where) for key in keys}
     fields = {k: text for k, text in row.items() if isinstance(text, str) and "." not in k and k not in _NO_FIELDS}
     return fields, questions
 
 
 _NO_FIELDS = ("id", "status", "_server_id")
+
+
+def _answers(row: Row, key: str, where: str) -> list[Any]:
+    """The answers to a question of a flat record, whose columns are all there or None."""
+    columns = {name: row.get(f"{key}{suffix}") for name, suffix in _COLUMNS.items()}
+    given = {name: column for name, column in columns.items() if column is not None}
+    require_keys(given, dict.fromkeys(given, list), f"{where}: {key}")
+    if len({len(column) for column in given.values()}) > 1:
+        raise DataError(f"{where}: {key!r} and its .users and .status differ in length")
+    return [dict(zip(given, answer, strict=True)) for answer in zip(*given.values(), strict=True)]
+
+
+_COLUMNS = {"value": "", "user_id": ".users", "status": ".status"}
 
 
 def _of_one_question(fields: Mapping[str, str], questions: Mapping[str, list[Any]], where: str) -> list[Any]:
