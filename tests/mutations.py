@@ -1811,6 +1811,7 @@ MUTATIONS = [
         "ELO = 400 / math.log(10)",
         "ELO = 400.0",
         ARENA,
+    ),
     Mutation(
         "prompts that differ in case only are on both sides of the split",
         "rlhf_env/preferences/splits.py",
