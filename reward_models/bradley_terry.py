@@ -157,7 +157,7 @@ def measure_comparisons(reward: ClassifierReward, comparisons: Sequence[Comparis
     if len(right := _right(d, y)):
         decided = sum(any(preference != 0.5 for _, _, preference in c.pairs) for c in comparisons)
         measured |= rate_interval("accuracy", float(right.mean()) * decided, decided)
-        measured["margin"] = float((d * (2 * y - 1))[y != 0.5].mean())
+        measured["margin"] = float((d * np.sign(y - 0.5))[y != 0.5].mean())
     return measured | {
         "log_loss": float(bradley_terry_loss(differences, preferences).mean()),
         "brier": float(((p - seen) ** 2).mean()),

@@ -273,7 +273,7 @@ class Pairs:
 
     first: Rollout
     second: Rollout
-    preference: Tensor  # float [B], for the first: 1, 0, or 0.5 for a tie
+    preference: Tensor  # float [B], for the first: 1, 0, 0.5 for a tie, or a probability
 
     def __post_init__(self) -> None:
         if not len(self.first) == len(self.second) == len(self.preference):
@@ -298,7 +298,10 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One judgement: K responses to a prompt, ranked by a labeler, ties allowed."""
+    """One judgement: K responses to a prompt, ranked by a labeler, ties allowed.
+
+    Of two responses it may also say how much better the better one is, or with which probability.
+    """
 
     prompt: str
     responses: tuple[str, ...]  #: K ≥ 2, in the order in which they were sampled
@@ -307,6 +310,9 @@ class Comparison:
     policy: str = ""  #: what wrote the responses
     order: tuple[int, ...] | None = None  #: responses[order[0]] was shown first; none: not known
     time: str | None = None  #: when, ISO 8601 in UTC; simulated labelers answer outside of time
+    policies: tuple[str, ...] | None = None  #: what wrote each response, where not one `policy` wrote all; none: it did
+    strength: float | None = None  #: > 0: how much better the better of two is, a margin or a grade; none: not known
+    preference: float | None = None  #: probability that the first of two is better; none: 1, 0 or ½, as the ranks say
 
     def __post_init__(self) -> None:
         k = len(self.responses)
@@ -319,12 +325,50 @@ class Comparison:
             )
         if self.order is not None and sorted(self.order) != list(range(k)):
             raise DataError(f"order must name each of the {k} responses once, got {list(self.order)}")
+        if self.policies is not None:
+            self._require_policies(self.policies)
+        if self.strength is not None:
+            self._require_strength(self.strength)
+        if self.preference is not None:
+            self._require_preference(self.preference)
+
+    def _require_policies(self, policies: tuple[str, ...]) -> None:
+        if len(policies) != len(self.responses):
+            raise DataError(f"policies must name one for each of the {len(self.responses)} responses, got {policies}")
+        if self.policy:
+            raise DataError(f"either one policy wrote all responses ({self.policy!r}) or policies say which wrote each")
+
+    def _require_strength(self, strength: float) -> None:
+        if len(self.responses) != 2 or self.ranks[0] == self.ranks[1]:
+            raise DataError("strength is how much better one of two responses is; these are more than two, or a tie")
+        if not 0 < strength < float("inf"):
+            raise DataError(f"strength must be positive and finite, got {strength}; leave it out where it is not known")
+
+    def _require_preference(self, preference: float) -> None:
+        if len(self.responses) != 2 or not 0 <= preference <= 1:
+            raise DataError(
+                f"preference is the probability, 0 to 1, that the first of two responses is better; got {preference} "
+                f"for {len(self.responses)}"
+            )
+        lead = self.ranks[1] - self.ranks[0]
+        if (preference > 0.5) - (preference < 0.5) != (lead > 0) - (lead < 0):
+            raise DataError(f"preference {preference} for the first response contradicts the ranks {list(self.ranks)}")
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """What wrote each response, [K]; "" where that is not known."""
+        return self.policies or (self.policy,) * len(self.responses)
 
     @property
     def pairs(self) -> list[tuple[int, int, float]]:
-        """Every pair (i, j), i < j, of different responses, with the preference for i: 1, 0, or 0.5 for a tie."""
+        """Every pair (i, j), i < j, of different responses, with the preference for i.
+
+        It is 1, 0, or 0.5 for a tie, or the `preference` between two where that is known.
+        """
         both = itertools.combinations(range(len(self.ranks)), 2)
         ranked = [(i, j, self.ranks[j] - self.ranks[i]) for i, j in both if self.responses[i] != self.responses[j]]
+        if self.preference is not None:
+            return [(i, j, float(self.preference)) for i, j, _ in ranked]
         return [(i, j, 0.5 + 0.5 * ((lead > 0) - (lead < 0))) for i, j, lead in ranked]
 
 

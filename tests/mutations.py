@@ -52,6 +52,7 @@ AGREEMENT = "tests/preferences/test_agreement.py"
 JUDGED = "tests/preferences/test_judged.py"
 DAWID_SKENE = "tests/preferences/test_dawid_skene.py"
 ARENA = "tests/preferences/test_arena.py"
+SPLITS = "tests/preferences/test_splits.py"
 PREFER = "tests/training/test_prefer.py"
 PIPELINE = "tests/training/test_pipeline.py"
 PAGE = "tests/report/test_page.py"
@@ -648,8 +649,8 @@ MUTATIONS = [
     Mutation(
         "a prompt changes its side when others come",
         "rlhf_env/text/prompts.py",
-        'for text in texts:\n        digest = hashlib.sha256(f"{salt}\\0{text}"',
-        'for i, text in enumerate(texts):\n        digest = hashlib.sha256(f"{salt}\\0{i}"',
+        "for text in texts:\n        sides[hash_fraction(text, salt) < share]",
+        "for i, text in enumerate(texts):\n        sides[hash_fraction(str(i), salt) < share]",
         "tests/text/test_prompts.py",
     ),
     Mutation(
@@ -1700,16 +1701,16 @@ MUTATIONS = [
     ),
     Mutation(
         "prompts are on both sides of the split",
-        "rlhf_env/preferences/comparisons.py",
+        "rlhf_env/preferences/splits.py",
         "groups = list(by_prompt.values()) if len(by_prompt) > 1 else",
         "groups =",
-        COMPARISONS,
+        SPLITS,
     ),
     Mutation(
         "chosen and rejected are mixed up",
-        "rlhf_env/preferences/comparisons.py",
-        "return Comparison(prompt, (chosen, rejected), (0, 1))",
-        "return Comparison(prompt, (rejected, chosen), (0, 1))",
+        "rlhf_env/preferences/formats/trl.py",
+        "(chosen, rejected), (0, 1), strength",
+        "(rejected, chosen), (0, 1), strength",
         COMPARISONS,
     ),
     # --- agreement and rankings
@@ -1810,6 +1811,41 @@ MUTATIONS = [
         "ELO = 400 / math.log(10)",
         "ELO = 400.0",
         ARENA,
+    ),
+    Mutation(
+        "prompts that differ in case only are on both sides of the split",
+        "rlhf_env/preferences/splits.py",
+        'normalize("NFKC", prompt).casefold().split()',
+        'normalize("NFKC", prompt).split()',
+        SPLITS,
+    ),
+    Mutation(
+        "a label of 2 prefers the first response",
+        "rlhf_env/preferences/formats/pandalm.py",
+        "1: (0, 1), 2: (1, 0)",
+        "1: (1, 0), 2: (0, 1)",
+        "tests/preferences/formats/test_pandalm.py",
+    ),
+    Mutation(
+        "a positive grade prefers the second response",
+        "rlhf_env/preferences/formats/graded.py",
+        "(int(grade < 0), int(grade > 0))",
+        "(int(grade > 0), int(grade < 0))",
+        "tests/preferences/formats/test_graded.py",
+    ),
+    Mutation(
+        "a cancelled annotation is read",
+        "rlhf_env/preferences/formats/labelstudio.py",
+        'if annotation.get("was_cancelled") is True:',
+        "if False:",
+        "tests/preferences/formats/test_labelstudio.py",
+    ),
+    Mutation(
+        "a soft label is rounded",
+        "rlhf_env/types.py",
+        "if self.preference is not None:\n            return",
+        "if False:\n            return",
+        "tests/test_types.py",
     ),
     # --- the pipeline
     Mutation(

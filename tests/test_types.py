@@ -372,9 +372,26 @@ def test_a_ranking_is_its_pairs_in_order(ranks: tuple[int, ...], pairs: list[tup
     assert Comparison("p", tuple("abcd"[: len(ranks)]), ranks).pairs == pairs
 
 
+@pytest.mark.parametrize(("ranks", "preference"), [((0, 1), 0.7), ((1, 0), 0.25), ((0, 0), 0.5), ((0, 1), 1.0)])
+def test_a_soft_label_is_the_preference_of_its_pair(ranks: tuple[int, int], preference: float) -> None:
+    assert Comparison("p", ("a", "b"), ranks, preference=preference).pairs == [(0, 1, preference)]
+    assert Comparison("p", ("a", "a"), ranks, preference=preference).pairs == []
+
+
+def test_what_wrote_each_response() -> None:
+    assert Comparison("p", ("a", "b"), (0, 1)).writers == ("", "")
+    assert Comparison("p", ("a", "b"), (0, 1), policy="sft").writers == ("sft", "sft")
+    assert Comparison("p", ("a", "b"), (0, 1), policies=("sft", "ppo")).writers == ("sft", "ppo")
+
+
 def test_what_a_comparison_need_not_know() -> None:
     comparison = Comparison("", ("", ""), (0, 0))  # a policy can answer nothing
     assert (comparison.labeler, comparison.policy, comparison.order, comparison.time) == ("", "", None, None)
+    assert (comparison.policies, comparison.strength, comparison.preference) == (None, None, None)
+
+
+A_PAIR = {"responses": ("a", "b"), "ranks": (0, 1)}
+PAIR_OF_TIES = {"responses": ("a", "b"), "ranks": (0, 0)}
 
 
 @pytest.mark.parametrize(
@@ -390,6 +407,20 @@ def test_what_a_comparison_need_not_know() -> None:
         ({"order": (0, 1)}, r"order must name each of the 3 responses once, got \[0, 1\]"),
         ({"order": (0, 1, 1)}, r"order must name each of the 3 responses once, got \[0, 1, 1\]"),
         ({"order": (1, 2, 3)}, r"order must name each of the 3 responses once, got \[1, 2, 3\]"),
+        ({"policies": ("sft", "ppo")}, r"policies must name one for each of the 3 responses"),
+        ({"policies": ("sft", "ppo", "ppo"), "policy": "sft"}, "either one policy wrote all responses .'sft'. or"),
+        ({"strength": 1.0}, "strength is how much better one of two responses is; these are more than two, or a tie"),
+        ({**PAIR_OF_TIES, "strength": 1.0}, "strength is how much better one of two"),
+        ({**A_PAIR, "strength": 0.0}, "strength must be positive and finite, got 0.0"),
+        ({**A_PAIR, "strength": -1}, "strength must be positive and finite, got -1"),
+        ({**A_PAIR, "strength": float("nan")}, "strength must be positive and finite, got nan"),
+        ({**A_PAIR, "strength": float("inf")}, "strength must be positive and finite, got inf"),
+        ({"preference": 0.7}, "preference is the probability, 0 to 1, .* first of two .* got 0.7 for 3"),
+        ({**A_PAIR, "preference": 1.1}, "preference is the probability, 0 to 1, .* got 1.1 for 2"),
+        ({**A_PAIR, "preference": float("nan")}, "preference is the probability, 0 to 1"),
+        ({**A_PAIR, "preference": 0.5}, r"preference 0.5 for the first response contradicts the ranks \[0, 1\]"),
+        ({**A_PAIR, "preference": 0.2}, r"preference 0.2 for the first response contradicts the ranks \[0, 1\]"),
+        ({**PAIR_OF_TIES, "preference": 0.7}, r"preference 0.7 .* contradicts the ranks \[0, 0\]"),
     ],
 )
 def test_a_judgement_that_is_none_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -105,6 +105,6 @@ def label_agreement(comparisons: Sequence[Comparison], utilities: Sequence[Array
             raise DataError(
                 f"comparison {number} has {len(comparison.responses)} responses, but utilities of shape {list(u.shape)}"
             )
-        agree = [(u[i] > u[j]) == (p == 1) for i, j, p in comparison.pairs if p != 0.5 and u[i] != u[j]]
+        agree = [(u[i] > u[j]) == (p > 0.5) for i, j, p in comparison.pairs if p != 0.5 and u[i] != u[j]]
         agreeing, pairs, counted = agreeing + sum(agree), pairs + len(agree), counted + bool(agree)
     return rate_interval("label_agreement", agreeing / pairs * counted, counted) if pairs else {}

@@ -62,6 +62,22 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return _parse_object(_read(path).removeprefix(_BYTE_ORDER_MARK), str(path))
 
 
+def read_json_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of one JSON array that a whole UTF-8 file holds, each read as strictly as a row of `read_jsonl`.
+
+    `DataError` calls them rows and counts them from 0; what is no JSON at all it finds by line and column.
+    """
+    value = _parse(_read(path).removeprefix(_BYTE_ORDER_MARK), str(path))
+    if not isinstance(value, list):
+        raise DataError(f"{path}: a JSON array of objects was expected, this is {_kind(value)}")
+    if not value:
+        raise DataError(f"{path}: the file is empty; a JSON array of objects was expected")
+    for number, row in enumerate(value):
+        if not isinstance(row, dict):
+            raise DataError(f"{path} row {number}: a JSON object was expected, this is {_kind(row)}")
+    return value
+
+
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     """Write one JSON object, indented, to a file that is replaced whole or not at all."""
     write_atomic(Path(path), _encode(value, str(path), indent=2) + b"\n")
@@ -94,13 +110,22 @@ def _read(path: str | Path) -> bytes:
 
 
 def _parse_object(data: bytes, name: str, line: int | None = None) -> dict[str, Any]:
+    row = _parse(data, name, line)
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{name if line is None else f'{name}:{line}'}: a JSON object was expected, this is {_kind(row)}"
+        )
+    return row
+
+
+def _parse(data: bytes, name: str, line: int | None = None) -> Any:
     where = name if line is None else f"{name}:{line}"
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: byte {error.start + 1} is not UTF-8") from error
     try:
-        row = json.loads(
+        value = json.loads(
             text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_number, parse_float=_finite_float
         )
     except json.JSONDecodeError as error:
@@ -111,14 +136,12 @@ def _parse_object(data: bytes, name: str, line: int | None = None) -> dict[str, 
         raise DataError(f"{where}: JSON nested too deeply") from error
     except ValueError as error:
         raise DataError(f"{where}: {error}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON object was expected, this is {_kind(row)}")
     if "\\u" in text:  # UTF-8 has no surrogates, so only an escape can bring one in
         try:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(f"{where}: half of a surrogate pair stands alone, which is no character") from error
-    return row
+    return value
 
 
 def _numbered_rows(data: bytes, name: str, required: Mapping[str, type]) -> Iterator[tuple[int, dict[str, Any]]]:

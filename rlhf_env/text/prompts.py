@@ -57,9 +57,14 @@ def split_by_hash(texts: Sequence[str], share: float, salt: str = "") -> tuple[l
         raise ConfigError(f"the share of a split must be between 0 and 1, it is {share}")
     sides: tuple[list[str], list[str]] = ([], [])
     for text in texts:
-        digest = hashlib.sha256(f"{salt}\0{text}".encode(errors="surrogatepass")).digest()
-        sides[int.from_bytes(digest[:8], "big") < share * 2**64].append(text)
+        sides[hash_fraction(text, salt) < share].append(text)
     return sides
+
+
+def hash_fraction(text: str, salt: str = "") -> float:
+    """A number in [0, 1), evenly spread over texts, made of the SHA-256 of `salt` and the text alone."""
+    digest = hashlib.sha256(f"{salt}\0{text}".encode(errors="surrogatepass")).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
 def prompt_indices(seed: int, start: int, count: int, size: int) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Where rows of data come from: JSON Lines files, Hugging Face data sets and files of one text per line."""
+"""Where rows of data come from: JSON Lines, JSON arrays, Hugging Face data sets and files of one text per line."""
 
 from __future__ import annotations
 
@@ -7,22 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_env.errors import ConfigError, DataError
-from rlhf_env.records.jsonl import read_numbered_jsonl, require_keys, require_valid
+from rlhf_env.records.jsonl import read_json_rows, read_numbered_jsonl, require_keys, require_valid
 
 
 def read_rows(source: str | Path, *, required: Mapping[str, type] | None = None) -> list[tuple[str, dict[str, Any]]]:
     """Every row of a `.jsonl` file or of the data set `hf:NAME[:SPLIT]`, each with where it stands ("pairs.jsonl:7").
 
+    A `.json` file holds one array of rows, which are counted from 0 ("export.json row 7"): so annotation tools export.
     NAME is a folder written by `save_to_disk` or the name of a data set on the hub, SPLIT is "train" if it is left out;
-    its rows are counted from 0 ("hf:NAME:SPLIT row 7"), and None in them is a missing key. Both kinds of rows are
+    its rows are counted from 0 ("hf:NAME:SPLIT row 7"), and None in them is a missing key. All kinds of rows are
     checked as `read_jsonl` says, `required` keys and types included.
     """
     if str(source).startswith("hf:"):
         return _data_set_rows(str(source), required or {})
     if Path(source).suffix == ".jsonl":
         return [(f"{source}:{number}", row) for number, row in read_numbered_jsonl(source, required=required)]
+    if Path(source).suffix == ".json":
+        rows = [(f"{source} row {number}", row) for number, row in enumerate(read_json_rows(source))]
+        for where, row in rows:
+            require_keys(row, required or {}, where)
+        return rows
     raise DataError(
-        f"{source}: data are .jsonl files, Hugging Face data sets (hf:NAME[:SPLIT]) or, for texts, .txt files"
+        f"{source}: data are .jsonl files, .json files of one array, Hugging Face data sets (hf:NAME[:SPLIT]) or, for "
+        "texts, .txt files"
     )
 
 

@@ -122,7 +122,7 @@ class PreferConfig:
 class RewardConfig:
     """A reward model from comparisons (Bradley–Terry), normalised on responses of the reference."""
 
-    comparisons: str  #: file of comparisons, .jsonl (ours, or TRL's prompt, chosen, rejected), or hf:NAME
+    comparisons: str  #: file of comparisons, .jsonl or .json in any form that is read (ours, TRL's …), or hf:NAME
     body: str | None = None  #: folder or hub name of the model that gets the reward head; none: a new one, see new
     held_out: float = 0.1  #: share of the comparisons, by prompt, that is measured on and never learned from
     of: Literal["text", "response"] = "text"  #: what is scored: prompt and response, or the response alone

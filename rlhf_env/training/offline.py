@@ -15,7 +15,7 @@ from rlhf_env.envs.task import TextTask
 from rlhf_env.errors import ConfigError, DataError, RLHFEnvError
 from rlhf_env.functional import token_rewards
 from rlhf_env.models.scoring import teacher_forced_logp
-from rlhf_env.preferences.comparisons import read_comparisons
+from rlhf_env.preferences.comparisons import load_comparisons
 from rlhf_env.records.jsonl import require_keys
 from rlhf_env.records.safe_text import safe_text
 from rlhf_env.text.sources import read_rows
@@ -36,8 +36,8 @@ def load_pairs(source: str, envs: Any, *, too_long: TooLong = "error") -> Pairs:
     task = find_cores(envs)[0].task
     if task.reference is None:
         raise ConfigError("preferences are learned relative to a reference, and this environment has none")
-    places = [where for where, _ in read_rows(source)]
-    comparisons = list(zip(places, read_comparisons(source), strict=True))
+    reading = load_comparisons(source)
+    comparisons = list(zip(reading.places, reading.comparisons, strict=True))
     texts = [(where, each.prompt, response) for where, each in comparisons for response in each.responses]
     kept, ids = _token_ids(task, texts, too_long)
     place = {number: row for row, number in enumerate(kept)}  # of a text's number, where it is left

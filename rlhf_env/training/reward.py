@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlhf_env.errors import DataError
 from rlhf_env.models.causal_lm import CausalLM, parse_dtype
-from rlhf_env.preferences.comparisons import distinct, read_comparisons, split_by_prompt
+from rlhf_env.preferences.comparisons import distinct, read_comparisons
 from rlhf_env.preferences.labelers import SimulatedLabeler, label_agreement, utilities_of
+from rlhf_env.preferences.splits import split_by_prompt
 from rlhf_env.records.config import to_dict
 from rlhf_env.records.run import Run, require_free
 from rlhf_env.reward_models.bradley_terry import fit_comparisons, measure_comparisons, new_reward_model, usable
@@ -81,7 +81,7 @@ def run_reward(config: RewardConfig, out: str | Path, *, on_step: OnStep | None 
     if gold is not None:
         asked = [c.prompt for c in held_out], [c.responses for c in held_out]
         ranks = SimulatedLabeler(gold, LabelerConfig(temperature=0.0)).rank(*asked, range(len(held_out)))
-        by_gold = [replace(c, ranks=r) for c, r in zip(held_out, ranks, strict=True)]
+        by_gold = [Comparison(c.prompt, c.responses, r) for c, r in zip(held_out, ranks, strict=True)]
         measured = measure_comparisons(model, by_gold)
         summary |= {f"gold_{k}": measured[k] for k in ("accuracy", "accuracy_low", "accuracy_high") if k in measured}
         summary |= label_agreement(held_out, utilities_of(gold, *asked))

@@ -1,4 +1,4 @@
-"""Comparisons in files: two forms read, each error with its line, and a split that leaks no prompt."""
+"""Comparisons in files: which form a file is in, our own form, and each error with its line."""
 
 import json
 
@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from rlhf_env.errors import ConfigError, DataError
 from rlhf_env.preferences.comparisons import (
+    FORMATS,
     distinct,
+    load_comparisons,
     read_comparisons,
-    split_by_prompt,
     write_comparisons,
-    write_trl,
 )
 from rlhf_env.types import Comparison
 
@@ -33,14 +33,6 @@ RANKING = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [1, 0, 1]}
 PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
 
 
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-def assistant(text):
-    return [{"role": "assistant", "content": text}]
-
-
 def test_rankings_with_and_without_what_is_optional(file):
     known = {"labeler": "ann", "policy": "sft", "order": [2, 0, 1], "time": "2026-01-01T00:00:00Z"}
     assert read_comparisons(write_lines(file, RANKING, RANKING | known)) == [
@@ -51,11 +43,6 @@ def test_rankings_with_and_without_what_is_optional(file):
 
 def test_the_chosen_of_a_pair_is_its_first_and_best_response(file):
     assert read_comparisons(write_lines(file, PAIR)) == [Comparison("p", ("good", "bad"), (0, 1))]
-
-
-def test_one_question_and_its_answers_as_messages(file):
-    row = {"prompt": user("p"), "chosen": assistant("good"), "rejected": assistant("bad")}
-    assert read_comparisons(write_lines(file, row)) == [Comparison("p", ("good", "bad"), (0, 1))]
 
 
 def test_other_keys_are_ignored(file):
@@ -97,9 +84,18 @@ BAD_SECOND_LINES = {  # after the ranking in line 1
     '{"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1], "order": [0, "1"]}': r":2: 'order\[1\]' must be an int",
     '{"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1], "labeler": 7}': ":2: 'labeler' must be a string, it is",
     '{"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1], "time": null}': ":2: 'time' must be a string, it is nu",
-    '{"prompt": "p", "answers": ["a", "b"]}': ":2: this row is neither a ranking .* it has 'prompt', 'answers'",
-    "{}": ":2: this row is neither a ranking .* nor a pair .* it has no key",
-    '{"prompt": "p", "responses": [], "ranks": [], "chosen": "a", "rejected": "b"}': ":2: this row has keys of a rank",
+    '{"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1], "policies": ["sft"]}': ":2: policies must name one for",
+    '{"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1], "policies": ["a", 1]}': r":2: 'policies\[1\]' must be",
+    '{"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1], "strength": 0}': ":2: strength must be positive and fin",
+    '{"prompt": "p", "responses": ["a", "b"], "ranks": [0, 0], "strength": 1}': ":2: strength is how much better one o",
+    '{"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1], "strength": "2"}': ":2: 'strength' must be a number, it",
+    '{"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1], "preference": 0.4}': ":2: preference 0.4 .* contradicts",
+    '{"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1], "preference": true}': ":2: 'preference' must be a numb",
+    '{"prompt": "p", "answers": ["a", "b"]}': ":2: this row is in no known form, but .*pairs.jsonl:1 is a ranking",
+    "{}": ":2: this row is in no known form, but .*pairs.jsonl:1 is a ranking",
+    '{"prompt": "p", "responses": [], "ranks": [], "chosen": "a", "rejected": "b"}': (
+        ":2: this row is a ranking .* or a pair .*, but .*pairs.jsonl:1 is a ranking"
+    ),
     '{"prompt": "p", "chosen": "a", "rejected": "b"}': (
         ":2: this row is a pair .*, but .*pairs.jsonl:1 is a ranking .* one file holds one form"
     ),
@@ -112,51 +108,6 @@ def test_a_bad_ranking_is_refused_with_file_line_and_reason(file, line):
     with pytest.raises(DataError, match=BAD_SECOND_LINES[line]) as caught:
         read_comparisons(file)
     assert str(caught.value).startswith(f"{file}:2")
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"chosen": "p good", "rejected": "p bad"}, ":2: the key 'prompt' is missing; .* implicit prompt.* of its own"),
-        (
-            {"prompt": "p", "chosen": "good", "rejcted": "bad"},
-            ":2: the key 'rejected' is missing; the row has 'prompt'",
-        ),
-        ({"prompt": "p", "chosen": None, "rejected": "bad"}, ":2: 'chosen' must be a string, it is null"),
-        ({"prompt": "p", "chosen": assistant("a"), "rejected": assistant("b")}, ":2: .* three strings, or three lists"),
-        ({"prompt": user("p"), "chosen": "a", "rejected": "b"}, ":2: .* three strings, or three lists of one message"),
-        (
-            {"prompt": user("p") + assistant("a") + user("q"), "chosen": assistant("a"), "rejected": assistant("b")},
-            ":2: 'prompt' holds 3 messages, .* write longer conversations as strings",
-        ),
-        (
-            {"prompt": user("p"), "chosen": user("p") + assistant("a"), "rejected": assistant("b")},
-            ":2: 'chosen' holds 2 messages",
-        ),
-        ({"prompt": user("p"), "chosen": [], "rejected": assistant("b")}, ":2: 'chosen' holds 0 messages"),
-        (
-            {"prompt": user("p"), "chosen": user("a"), "rejected": assistant("b")},
-            r":2: the role of chosen\[0\] must be 'assistant', it is 'user'",
-        ),
-        (
-            {"prompt": ["p"], "chosen": assistant("a"), "rejected": assistant("b")},
-            r":2: 'prompt\[0\]' must be an object, it is a string",
-        ),
-        (
-            {"prompt": user("p"), "chosen": assistant("a"), "rejected": assistant(None)},
-            r":2: rejected\[0\]: 'content' must be a string, it is null",
-        ),
-        (
-            {"prompt": [{"content": "p"}], "chosen": assistant("a"), "rejected": assistant("b")},
-            r":2: prompt\[0\]: the key 'role' is missing; the row has 'content'",
-        ),
-        (RANKING, ":2: this row is a ranking .*, but .*pairs.jsonl:1 is a pair"),
-    ],
-)
-def test_a_bad_pair_is_refused_with_file_line_and_reason(file, row, message):
-    with pytest.raises(DataError, match=message) as caught:
-        read_comparisons(write_lines(file, PAIR, row))
-    assert str(caught.value).startswith(f"{file}:2: ")
 
 
 def test_lines_are_counted_as_an_editor_counts_them(file):
@@ -187,12 +138,23 @@ def test_what_is_not_known_is_left_out_and_the_keys_keep_their_order(file):
 
 @st.composite
 def any_comparison(draw):
-    responses = draw(st.lists(st.text(max_size=8), min_size=2, max_size=5))
+    responses = tuple(draw(st.lists(st.text(max_size=8), min_size=2, max_size=5)))
     raw = draw(st.lists(st.integers(0, 4), min_size=len(responses), max_size=len(responses)))
     ranks = tuple(sorted(set(raw)).index(rank) for rank in raw)
-    order = draw(st.none() | st.permutations(range(len(responses))).map(tuple))
-    texts = [draw(st.text(max_size=8)) for _ in range(3)]
-    return Comparison(texts[0], tuple(responses), ranks, texts[1], texts[2], order, draw(st.none() | st.text()))
+    known = {
+        "labeler": draw(st.text(max_size=8)),
+        "policy": draw(st.text(max_size=8)),
+        "order": draw(st.none() | st.permutations(range(len(responses))).map(tuple)),
+        "time": draw(st.none() | st.text()),
+    }
+    if draw(st.booleans()):
+        known |= {"policy": "", "policies": tuple(draw(st.text(max_size=3)) for _ in responses)}
+    if len(responses) == 2 and ranks[0] != ranks[1]:
+        known["strength"] = draw(st.none() | st.integers(1, 9) | st.floats(min_value=1e-300, allow_infinity=False))
+    if len(responses) == 2 and draw(st.booleans()):
+        lead = ranks[1] - ranks[0]
+        known["preference"] = 0.5 + 0.5 * lead * draw(st.floats(1e-9, 1))
+    return Comparison(draw(st.text(max_size=8)), responses, ranks, **known)
 
 
 @settings(max_examples=50, deadline=None)
@@ -203,25 +165,13 @@ def test_any_comparisons_are_read_as_they_were_written(tmp_path_factory, compari
     assert read_comparisons(file) == comparisons
 
 
-def test_pairs_for_trl_are_those_without_a_tie(file):
-    three = Comparison("p", ("worst", "best", "middle"), (2, 0, 1))
-    tied = Comparison("q", ("a", "b", "c"), (1, 0, 1))
-    assert write_trl(file, [three, tied, Comparison("r", ("x", "y"), (0, 0))]) == 5
-    assert [json.loads(line) for line in file.read_text().splitlines()] == [
-        {"prompt": "p", "chosen": "best", "rejected": "worst"},
-        {"prompt": "p", "chosen": "middle", "rejected": "worst"},
-        {"prompt": "p", "chosen": "best", "rejected": "middle"},
-        {"prompt": "q", "chosen": "b", "rejected": "a"},
-        {"prompt": "q", "chosen": "b", "rejected": "c"},
-    ]
-    assert read_comparisons(file)[0] == Comparison("p", ("best", "worst"), (0, 1))
-
-
 def test_a_file_that_could_not_be_read_back_is_not_written(file):
     with pytest.raises(DataError, match=r"pairs\.jsonl: there are no comparisons to write"):
         write_comparisons(file, [])
-    with pytest.raises(DataError, match=r"pairs\.jsonl: there is no pair to write in which one response is preferred"):
-        write_trl(file, [Comparison("p", ("a", "b"), (0, 0))])
+    with pytest.raises(DataError, match=r"pairs\.jsonl: there are no comparisons to write; left out: 1 ties"):
+        write_comparisons(file, [Comparison("p", ("a", "b"), (0, 0))], "trl")
+    with pytest.raises(ConfigError, match="not written as 'argilla': choose one of ranks, trl, hh, pandalm, graded"):
+        write_comparisons(file, [Comparison("p", ("a", "b"), (0, 1))], "argilla")
     with pytest.raises(DataError, match=r"pairs\.jsonl:1: cannot write 'responses'"):
         write_comparisons(file, [Comparison("p", ("a", "\ud800"), (0, 1))])
     assert not file.exists()
@@ -232,82 +182,158 @@ def test_identical_responses_are_left_out_and_counted():
     assert distinct([same, partly, same, other]) == ([partly, other], 2)
 
 
-# --- the split -------------------------------------------------------------------------------------
+# --- which form -------------------------------------------------------------------------------------
+
+ONE_OF_EACH = {
+    "ranks": RANKING,
+    "trl": PAIR,
+    "hh": {"chosen": "\n\nHuman: p\n\nAssistant: good", "rejected": "\n\nHuman: p\n\nAssistant: bad"},
+    "pandalm": {"instruction": "p", "response1": "a", "response2": "b", "annotator1": 1},
+    "graded": {"prompt": "p", "response_a": "a", "response_b": "b", "preference": -1},
+    "argilla": {"fields": {"prompt": "p", "r1": "a", "r2": "b"}, "responses": {"q": [{"value": ["r1", "r2"]}]}},
+    "labelstudio": {
+        "data": {"prompt": "p", "text1": "a", "text2": "b"},
+        "annotations": [{"result": [{"type": "pairwise", "value": {"selected": "left"}}]}],
+    },
+}
 
 
-def comparisons_of(*prompts):
-    """Comparisons that can be told apart, one per prompt named."""
-    return [Comparison(prompt, (f"{i}", "x"), (0, 1)) for i, prompt in enumerate(prompts)]
+MESSAGES = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
+ROWS_TO_SPOIL = {form: [row] for form, row in ONE_OF_EACH.items()}
+ROWS_TO_SPOIL["ranks"] += [PAIR_OF_ALL := {"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1], "order": [1, 0]}]
+ROWS_TO_SPOIL["ranks"] += [PAIR_OF_ALL | {"policies": ["x", "y"], "strength": 2, "preference": 0.75, "labeler": "l"}]
+ROWS_TO_SPOIL["trl"] += [{"chosen": MESSAGES, "rejected": MESSAGES}, {"chosen": "p a", "rejected": "p b", "margin": 1}]
+ROWS_TO_SPOIL["trl"] += [{"prompt": MESSAGES[:1], "chosen": MESSAGES[1:], "rejected": MESSAGES[1:]}]
+ROWS_TO_SPOIL["pandalm"] += [
+    {"prompt": "p", "response_1": "a", "response_2": "b", "human_labels": [1], "models": ["x", "y"]}
+]
+ROWS_TO_SPOIL["graded"] += [ONE_OF_EACH["graded"] | {"labeller": "l", "model_a": "m", "model_b": "n"}]
+ROWS_TO_SPOIL["argilla"] += [
+    {
+        "prompt": "p",
+        "r_1": "a",
+        "r_2": "b",
+        "q.responses": ["r_1"],
+        "q.responses.users": ["u"],
+        "q.responses.status": ["draft"],
+    },
+    {
+        "fields": {"prompt": "p", "r1": "a", "r2": "b"},
+        "responses": {"q": [{"value": [{"rank": 1, "value": "r1"}], "user_id": "u"}]},
+    },
+]
+ROWS_TO_SPOIL["labelstudio"] += [
+    {
+        "data": {"prompt": "p", "items": [{"id": "x", "body": "a"}, {"id": "y", "title": "b"}]},
+        "annotations": [{"completed_by": {"id": 1}, "result": [{"type": "ranker", "value": {"ranker": ["x", "y"]}}]}],
+    }
+]
 
 
-@given(
-    prompts=st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=40).filter(lambda them: len(set(them)) > 1),
-    share=st.floats(0.01, 0.99),
-    seed=st.integers(0, 2**40),
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_keys_of_a_row_say_its_form(file, form):
+    reading = load_comparisons(write_lines(file, ONE_OF_EACH[form], ONE_OF_EACH[form]))
+    assert reading.form == form
+    assert reading.places == [f"{file}:1", f"{file}:2"]
+    assert reading.comparisons == [reading.comparisons[0]] * 2 and not reading.lost
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_form_that_is_named_is_not_guessed(file, form):
+    assert load_comparisons(write_lines(file, ONE_OF_EACH[form]), form).form == form
+    other = next(row for name, row in ONE_OF_EACH.items() if name not in (form, "hh"))
+    with pytest.raises(DataError, match=":1: "):
+        read_comparisons(write_lines(file, other), form)
+
+
+@pytest.mark.parametrize("first", FORMATS)
+@pytest.mark.parametrize("second", FORMATS)
+def test_a_file_holds_one_form(file, first, second):
+    if first != second:
+        with pytest.raises(DataError, match=":2: this row is .*, but .*pairs.jsonl:1 is .*; one file holds one form"):
+            read_comparisons(write_lines(file, ONE_OF_EACH[first], ONE_OF_EACH[second]))
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-1, 3)
+    | st.floats(-1, 1)
+    | st.sampled_from(["", "a", "left", "tie", "user"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["value", "role", "id"]), inner, max_size=2)
+    ),
+    max_leaves=5,
 )
-def test_no_prompt_is_on_both_sides_and_nothing_is_lost_or_moved(prompts, share, seed):
-    comparisons = comparisons_of(*prompts)
-    learned, held_out = split_by_prompt(comparisons, share, seed)
-    assert learned and held_out
-    assert not {c.prompt for c in learned} & {c.prompt for c in held_out}
-    for side in (learned, held_out):
-        assert side == [c for c in comparisons if c in side]
-    assert len(learned) + len(held_out) == len(comparisons)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_share_is_of_comparisons_not_of_prompts(seed):
-    assert len(split_by_prompt(comparisons_of(*range(100)), 0.2, seed)[1]) == 20
-    # 20 prompts, each with 1, 2, 3, … 20 comparisons: 210 in all, 42 wanted, never farther off than a prompt is large
-    sizes = [str(i) for i in range(1, 21) for _ in range(i)]
-    assert len(split_by_prompt(comparisons_of(*sizes), 0.2, seed)[1]) == pytest.approx(42, abs=10)
+MISSING = object()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_each_side_has_a_prompt_however_unequal_they_are(seed):
-    learned, held_out = split_by_prompt(comparisons_of("a", *["b"] * 50), 0.2, seed)
-    assert {len(learned), len(held_out)} == {1, 50}
-    comparisons = comparisons_of(*[letter for letter in "abc" for _ in range(10)])
-    assert [len(side) for side in split_by_prompt(comparisons, 0.01, seed)] == [20, 10]
-    assert [len(side) for side in split_by_prompt(comparisons, 0.99, seed)] == [10, 20]
+def nodes(value, path=()):
+    """The paths of all that is in a row, the row itself excepted."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from nodes(inner, (*path, key))
 
 
-def test_comparisons_of_one_prompt_are_held_out_singly():
-    learned, held_out = split_by_prompt(comparisons_of(*["p"] * 10), 0.3, 0)
-    assert (len(learned), len(held_out)) == (7, 3)
-    assert [len(side) for side in split_by_prompt(comparisons_of("p", "p"), 0.3, 0)] == [1, 1]
+def replaced(value, path, new):
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = replaced(value[path[0]], path[1:], new)
+    if copy[path[0]] is MISSING:
+        del copy[path[0]]
+    return copy
 
 
-def test_the_seed_decides_and_every_comparison_may_be_held_out():
-    comparisons = comparisons_of(*range(50))
-    assert split_by_prompt(comparisons, 0.2, 3) == split_by_prompt(comparisons, 0.2, 3)
-    held_out = [tuple(c.prompt for c in split_by_prompt(comparisons, 0.2, seed)[1]) for seed in range(60)]
-    assert len(set(held_out)) == 60
-    assert set().union(*held_out) == set(range(50))
+@pytest.mark.parametrize("form", FORMATS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_whatever_stands_in_a_row_it_is_read_or_refused_by_its_line(tmp_path_factory, form, data):
+    row = data.draw(st.sampled_from(ROWS_TO_SPOIL[form]))
+    for _ in range(data.draw(st.integers(1, 2))):
+        if paths := list(nodes(row)):
+            row = replaced(row, data.draw(st.sampled_from(paths)), data.draw(JSON | st.just(MISSING)))
+    file = write_lines(tmp_path_factory.mktemp("any") / "c.jsonl", row)
+    for named in (form, None):
+        try:
+            comparisons = read_comparisons(file, named)
+        except DataError as error:
+            assert str(error).startswith((f"{file}:1: ", f"{file}: there is no judgement to read"))
+        else:  # what is read is of the types that it should be: it comes back from our own form
+            write_comparisons(file.with_name("again.jsonl"), comparisons)
+            assert read_comparisons(file.with_name("again.jsonl")) == comparisons
 
 
-@pytest.mark.parametrize("count", [0, 1])
-def test_too_few_comparisons_to_split(count):
-    with pytest.raises(DataError, match=f"at least two comparisons .* one to measure on; this is {count}"):
-        split_by_prompt(comparisons_of(*"a" * count), 0.2, 0)
+def test_a_row_in_two_forms_is_refused_with_the_names_to_choose_from(file):
+    write_lines(file, RANKING | PAIR)
+    with pytest.raises(DataError, match=r":1: this row may be a ranking .* or a pair .*--from` ranks or trl"):
+        read_comparisons(file)
+    assert read_comparisons(file, "trl") == [Comparison("p", ("good", "bad"), (0, 1))]
+    assert len(read_comparisons(file, "ranks")[0].responses) == 3
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
-def test_a_share_that_leaves_one_side_empty(share):
-    with pytest.raises(ConfigError, match=f"must be between 0 and 1, it is {share}"):
-        split_by_prompt(comparisons_of(*"ab"), share, 0)
+def test_a_row_in_no_form_is_refused_with_the_forms_there_are(file):
+    with pytest.raises(DataError, match=r":1: this row is no comparison in a known form .*; it has 'text'") as caught:
+        read_comparisons(write_lines(file, {"text": "a"}))
+    assert all(form in str(caught.value) for form in FORMATS)
+    with pytest.raises(ConfigError, match="'csv' is no form of comparisons: choose one of ranks, trl"):
+        read_comparisons(write_lines(file, PAIR), "csv")
 
 
-# --- real data -------------------------------------------------------------------------------------
+def test_an_array_of_rows_is_a_file_and_its_rows_are_counted_from_0(tmp_path):
+    file = tmp_path / "export.json"
+    file.write_text(json.dumps([PAIR, PAIR], indent=1))
+    assert load_comparisons(file).places == [f"{file} row 0", f"{file} row 1"]
+    file.write_text(json.dumps([PAIR, {"prompt": "p", "chosen": "a"}]))
+    with pytest.raises(DataError, match=r"export\.json row 1: the key 'rejected' is missing"):
+        read_comparisons(file)
 
 
-def test_human_preferences_of_hh_rlhf(shared_data, tmp_path):
-    file = shared_data / "preferences" / "hh_harmless_base.jsonl"
-    comparisons = read_comparisons(file)
-    assert len(comparisons) == len(file.read_bytes().splitlines()) == 1807
-    published = json.loads((shared_data / "expected" / "preference_checks.json").read_text())
-    # Responses of equal length (7 pairs, in characters) count as "the longer one was not chosen".
-    longer = sum(len(c.responses[0]) > len(c.responses[1]) for c in comparisons) / len(comparisons)
-    assert round(longer, 2) == published["length_baseline_accuracy_longer_wins"]["hh_harmless"] == 0.45
-    assert write_trl(tmp_path / "trl.jsonl", comparisons) == 1807
-    assert read_comparisons(tmp_path / "trl.jsonl") == comparisons
+def test_a_file_without_a_judgement_is_refused_and_says_what_it_holds(file):
+    task = ONE_OF_EACH["labelstudio"]
+    cancelled = task | {"annotations": [task["annotations"][0] | {"was_cancelled": True}]}
+    with pytest.raises(DataError, match=r"no judgement to read: 2 cancelled annotations"):
+        read_comparisons(write_lines(file, cancelled, cancelled))

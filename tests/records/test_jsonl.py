@@ -10,6 +10,7 @@ from rlhf_env.records.jsonl import (
     append_jsonl,
     parse_jsonl,
     read_json,
+    read_json_rows,
     read_jsonl,
     read_numbered_jsonl,
     require_keys,
@@ -169,6 +170,26 @@ def test_a_whole_file_can_be_one_object(tmp_path):
     (tmp_path / "s.json").write_text('{\n  "kl": ,\n}')
     with pytest.raises(DataError, match=r"s.json:2:9: malformed JSON"):
         read_json(tmp_path / "s.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": 1}', "s.json: a JSON array of objects was expected, this is an object"),
+        ("[]", "s.json: the file is empty; a JSON array of objects was expected"),
+        ('[{"a": 1}, 7]', "s.json row 1: a JSON object was expected, this is an integer"),
+        ('[{"a": 1},\n {"a": }]', "s.json:2:8: malformed JSON"),
+        ('[{"a": NaN}]', "s.json: NaN is no JSON"),
+        ('[{"a": 1, "a": 2}]', "s.json: the key 'a' occurs twice"),
+        ('[{"a": "\\ud800"}]', "s.json: half of a surrogate pair"),
+    ],
+)
+def test_an_array_of_objects_is_read_as_strictly_as_lines(tmp_path, content, message):
+    (tmp_path / "s.json").write_text('[{"a": 1}, {"b": null}]')
+    assert read_json_rows(tmp_path / "s.json") == [{"a": 1}, {"b": None}]
+    (tmp_path / "s.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_json_rows(tmp_path / "s.json")
 
 
 @given(st.binary(max_size=200))

@@ -226,6 +226,17 @@ def test_a_tie_pulls_the_logits_together(body):
     assert abs(after[0] - after[1]) < abs(a - b)
 
 
+def test_a_soft_label_is_the_target_and_a_strength_is_none(body):
+    """Cross-entropy with the probability that the label says, least where σ(difference) is that probability."""
+    reward = new_reward_model(body, dtype=torch.float64)
+    a, b = reward.logits(["p ", "p "], ["good", "bad"])
+    soft = Comparison("p ", ("good", "bad"), (1, 0), preference=0.3)
+    assert first_step(reward, [soft])["loss"] == pytest.approx(0.3 * log1pexp(b - a) + 0.7 * log1pexp(a - b))
+    hard = [Comparison("p ", ("good", "bad"), (1, 0), strength=strength) for strength in (None, 5)]
+    losses = [first_step(new_reward_model(body), [c])["loss"] for c in hard]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_gradient_of_a_batch_is_the_mean_of_its_comparisons_gradients(tmp_path, family):
     """So neither padding nor batch mates reach it."""
@@ -325,6 +336,14 @@ def test_measures_by_hand():
     assert measured["log_loss"] == pytest.approx((2 * right + wrong + math.log(2) + (right + wrong) / 2) / 5)
     assert measured["brier"] == pytest.approx((2 * 0.0625 + 0.5625 + 0.25 + 0.0625) / 5)
     assert (measured["pairs"], measured["ties"]) == (5, 1)
+
+
+def test_measures_of_soft_labels_by_hand():
+    measured = measure_comparisons(Known(), [Comparison("p", ("three", "one"), (0, 1), preference=0.6)])
+    assert (measured["accuracy"], measured["ties"]) == (1, 0)
+    assert measured["margin"] == pytest.approx(math.log(3))  # of the preferred, by however much
+    assert measured["log_loss"] == pytest.approx(-0.6 * math.log(0.75) - 0.4 * math.log(0.25))
+    assert measured["brier"] == pytest.approx(0.15**2)
 
 
 def test_the_reliability_diagram_counts_both_orders():

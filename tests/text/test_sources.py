@@ -40,7 +40,15 @@ def test_lines_of_a_file_stand_at_their_numbers(tmp_path):
     assert read_lines(file) == [(f"{file}:1", "one"), (f"{file}:2", "  naïve \u2028 😀")]
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows", "rows.txt"])
+def test_rows_of_an_array_are_counted_from_0(tmp_path):
+    file = tmp_path / "export.json"
+    file.write_text('\ufeff[{"a": 1},\n {"a": null}]', encoding="utf-8")
+    assert read_rows(file) == [(f"{file} row 0", {"a": 1}), (f"{file} row 1", {"a": None})]
+    with pytest.raises(DataError, match=r"export\.json row 1: 'a' must be an integer, it is null"):
+        read_rows(file, required={"a": int})
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows", "rows.txt"])
 def test_other_sources_are_refused_with_what_is_accepted(name):
     with pytest.raises(DataError, match=rf"^{name}: .*\.jsonl.*hf:NAME\[:SPLIT\]"):
         read_rows(name)

@@ -65,6 +65,20 @@ def test_chosen_and_rejected_are_a_pair(tmp_path):
     assert pairs.preference.tolist() == [1]
 
 
+def test_several_annotators_of_a_row_are_pairs_and_a_bad_response_is_named_by_its_line(tmp_path):
+    row = {"instruction": "ca", "response1": "hg", "response2": "b", "annotator1": 1, "annotator2": 0, "annotator3": 2}
+    pairs = load_pairs(pairs_file(tmp_path, row), make_envs())
+    assert ids_of(pairs.first) == [([2, 0], [7, 6, EOS])] * 3
+    assert pairs.preference.tolist() == [1, 0.5, 0]
+    with pytest.raises(DataError, match=r"pairs\.jsonl:2: a response of "):
+        load_pairs(pairs_file(tmp_path, row, row | {"response2": "abcdefgh" * 9}), make_envs())
+
+
+def test_a_soft_label_is_the_preference_of_its_pair(tmp_path):
+    row = {"prompt": "ca", "responses": ["hg", "b"], "ranks": [1, 0], "preference": 0.25}
+    assert load_pairs(pairs_file(tmp_path, row), make_envs()).preference.tolist() == [0.25]
+
+
 def test_log_probabilities_are_the_references_under_the_law(tmp_path):
     reference = random_model(seed=2)
     envs = make_envs(reference=reference, temperature=0.7, banned_tokens=(8,))

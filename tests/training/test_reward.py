@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from rlhf_env.errors import ConfigError, DataError, RewardError
 from rlhf_env.models.causal_lm import CausalLM
-from rlhf_env.preferences.comparisons import split_by_prompt, write_comparisons
+from rlhf_env.preferences.comparisons import write_comparisons
+from rlhf_env.preferences.splits import split_by_prompt
 from rlhf_env.records.config import build, read_layer
 from rlhf_env.records.run import Run
 from rlhf_env.reward_models import ClassifierReward, load_reward
