@@ -314,6 +314,22 @@ def test_what_teaches_nothing_is_left_out_and_counted(config, tmp_path):
     assert ClassifierReward(tmp_path / "out/model").max_length == 8
 
 
+def test_soft_labels_strengths_and_several_annotators_are_learned_from(config, tmp_path):
+    """Files of other forms, and gold's own ranks, which need not be on the side of the label."""
+    soft = [replace(c, preference=0.5 + 0.3 * (c.ranks[1] - c.ranks[0]), strength=2) for c in rankings()]
+    write_comparisons(tmp_path / "soft.jsonl", soft)
+    rows = [
+        {"instruction": c.prompt, "response1": c.responses[0], "response2": c.responses[1]}
+        | {f"annotator{number}": label for number, label in enumerate((1 + c.ranks[0], 0, 2), start=1)}
+        for c in rankings()
+    ]
+    write_rows(tmp_path / "annotated.jsonl", *rows)
+    for name, count in (("soft", 60), ("annotated", 180)):
+        summary = run_reward(replace(config, comparisons=str(tmp_path / f"{name}.jsonl")), tmp_path / name)
+        assert summary["comparisons"] + summary["held_out"] == count
+        assert 0 <= summary["gold_accuracy"] <= 1 and summary["log_loss"] > 0
+
+
 @pytest.mark.parametrize("gold", ["constant", "letters"])
 def test_gold_that_sees_no_difference_agrees_with_nobody(config, tmp_path, monkeypatch, gold):
     monkeypatch.setattr("tests.builders.constant", lambda prompts, responses: [0.5] * len(prompts), raising=False)

@@ -8,7 +8,6 @@ https://github.com/huggingface/trl, docs/source/dataset_formats.md, "Preference"
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -58,16 +57,24 @@ def _texts(row: Row, where: str) -> tuple[str, str, str]:
     require_keys(row, {"chosen": str, "rejected": str}, where)
     chosen, rejected = row["chosen"], row["rejected"]
     end = len(os.path.commonprefix([chosen, rejected]))
-    inside_word = any(re.match(r"\w\w", text[max(end - 1, 0) : end + 1]) for text in (chosen, rejected))
-    prompt = chosen[:end]
-    prompt = re.sub(r"\w+\Z", "", prompt) if inside_word else prompt
-    prompt = prompt.removesuffix(" ")  # which belongs to the response
+    if any(_is_within_word(text, end) for text in (chosen, rejected)):
+        while end and _is_of_word(chosen[end - 1]):
+            end -= 1
+    prompt = chosen[:end].removesuffix(" ")  # which belongs to the response
     if not prompt.strip():
         raise DataError(
             f"{where}: the key 'prompt' is missing, and chosen and rejected do not begin with the same words, as they "
             'would with an implicit prompt; give the prompt a key of its own ("prompt": "" where there is none)'
         )
     return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+
+
+def _is_of_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
+
+
+def _is_within_word(text: str, end: int) -> bool:
+    return 0 < end < len(text) and _is_of_word(text[end - 1]) and _is_of_word(text[end])
 
 
 def _messages(row: Row, where: str) -> _Parts:
