@@ -43,10 +43,13 @@ def stats(
 ) -> None:
     """Say what comparisons hold: counts, length and position bias, duplicates, contradictions, labelers, agreement."""
     from rlhf_env.preferences.comparisons import load_comparisons
+    from rlhf_env.preferences.judged import agreement_report, judged_items
     from rlhf_env.preferences.statistics import describe
 
     reading = load_comparisons(source, form)
     found = {"source": source, "form": reading.form, "not_read": dict(reading.lost), **describe(reading.comparisons)}
+    if any(len(item.ranks) > 1 for item in judged_items(reading.comparisons)):
+        found["agreement"] = agreement_report(reading.comparisons)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -149,10 +152,18 @@ _COUNTS = {
     "cycles": "prompts with a circle in a labeler's preferences",
     "cycles_of_all": "… in all labelers' together",
 }
+_COEFFICIENTS = {
+    "percent_agreement": "two labelers agree",
+    "fleiss_kappa": "Fleiss's κ",
+    "krippendorff_nominal": "Krippendorff's α",
+    "krippendorff_ordinal": "… a tie being between the two",
+    "kendall_w": "Kendall's W, of rankings",
+}
 
 
 def _print_statistics(found: Mapping[str, Any]) -> None:
     from rlhf_env.cli.show import metrics_table
+    from rlhf_env.training.report import interval
 
     rows = {sentence: f"{found[key]:,}" for key, sentence in _COUNTS.items()}
     rows["responses compared"] = ", ".join(f"{n:,} of {k}" for k, n in found["responses"].items())
@@ -164,9 +175,21 @@ def _print_statistics(found: Mapping[str, Any]) -> None:
             )
     rows["first shown preferred"] = _rate("first_shown_preferred", found["position"])
     rows["first stored preferred"] = _rate("first_stored_preferred", found)
-    if agreement := found["agreement"]:
-        rows["two labelers agree"] = f"{agreement['agree']:.1%} of {agreement['judgements']:,} judgements"
+    agreement = found.get("agreement", {})
+    rows |= {sentence: interval(agreement, key) for key, sentence in _COEFFICIENTS.items() if key in agreement}
+    if "pairs" in agreement:
+        verdicts = ("majority_first", "majority_second", "majority_tie", "no_majority")
+        counts = "/".join(f"{agreement[name]:,}" for name in verdicts)
+        rows["majority: first/second/tie/none"] = f"{counts} of {agreement['pairs']:,} pairs that several judged"
     metrics_table({found["source"]: list(rows), found["form"]: list(rows.values())})
+    if between := agreement.get("between", [])[:_LABELERS_SHOWN]:
+        metrics_table(
+            {
+                "labelers": [" and ".join(row["labelers"]) for row in between],
+                "pairs": [f"{row['pairs']:,}" for row in between],
+                "Cohen's κ": [interval(row, "cohen_kappa") if "cohen_kappa" in row else "–" for row in between],
+            }
+        )
     if labelers := found["by_labeler"][:_LABELERS_SHOWN]:
         metrics_table(
             {

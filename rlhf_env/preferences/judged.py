@@ -23,6 +23,8 @@ from rlhf_env.preferences.agreement import (
 )
 from rlhf_env.types import Comparison
 
+_FEWEST = 10
+
 FIRST, TIE, SECOND = 1.0, 0.5, 0.0  # labels of a pair: the preference for its first response, as `Comparison.pairs`
 
 
@@ -81,7 +83,8 @@ def agreement_report(comparisons: Sequence[Comparison], *, draws: int = 1000, se
     (`no_majority`). Of longer rankings: their number `rankings`, the mean `kendall_w` and its mean by chance,
     `kendall_w_by_chance`. Coefficients have `_low` and `_high`: bootstrap over items, of `draws` draws from `seed`.
 
-    `between` has a row for every two labelers with pairs in common: `labelers`, `pairs`, `cohen_kappa`. `each` has a
+    `between` has a row for every two labelers with pairs in common, most first: `labelers`, `pairs`, `cohen_kappa`,
+    which has an interval from 10 pairs on. `each` has a
     row for every labeler of pairs: `labeler`, `pairs`, and `agrees_with_others`, the share of pairs with a majority of
     the other labelers in which this is also the labeler's own label (Wilson's interval).
 
@@ -115,6 +118,14 @@ def agreement_report(comparisons: Sequence[Comparison], *, draws: int = 1000, se
     return report
 
 
+def _kappa(both: Floats, draws: int, seed: int) -> dict[str, float]:
+    """Cohen's κ of two labelers [N, 2]; of fewer than 10 pairs an interval would say nothing."""
+    if len(both) >= _FEWEST:
+        return bootstrap_interval("cohen_kappa", lambda drawn: cohen_kappa(*drawn.T), both, draws=draws, seed=seed)
+    kappa = cohen_kappa(*both.T)
+    return {} if np.isnan(kappa) else {"cohen_kappa": kappa}
+
+
 def _of_pairs(labels: Floats, labelers: Sequence[str], draws: int, seed: int) -> dict[str, Any]:
     coefficients = {
         "percent_agreement": percent_agreement,
@@ -136,8 +147,10 @@ def _of_pairs(labels: Floats, labelers: Sequence[str], draws: int, seed: int) ->
     for a, b in itertools.combinations(range(len(labelers)), 2):
         both = labels[:, [a, b]][~np.isnan(labels[:, [a, b]]).any(1)]
         if len(both):
-            kappa = bootstrap_interval("cohen_kappa", lambda x: cohen_kappa(*x.T), both, draws=draws, seed=seed)
-            report["between"].append({"labelers": [labelers[a], labelers[b]], "pairs": len(both)} | kappa)
+            report["between"].append(
+                {"labelers": [labelers[a], labelers[b]], "pairs": len(both)} | _kappa(both, draws, seed)
+            )
+    report["between"].sort(key=lambda row: -row["pairs"])
     report["each"] = []
     for k, labeler in enumerate(labelers):
         others, _ = majority(np.delete(labels, k, axis=1))

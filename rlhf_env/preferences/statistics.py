@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,7 +34,8 @@ def describe(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     - `position`: `first_shown_preferred`, where the order is known
     - `first_stored_preferred`: 1, and no bias, where files store the chosen response first, as TRL's do
     - `by_labeler`, the busiest first: comparisons, rate of ties, longer (in characters) and first shown preferred
-    - `agreement`, repetitions left out: `agree`, the share of `judgements` of one pair by two labelers that are alike
+
+    How far labelers agree says `judged.agreement_report`.
     """
     pairs = [pair for c in comparisons for pair in c.pairs]
     prompts = {c.prompt for c in comparisons}
@@ -60,7 +60,6 @@ def describe(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "position": preferred_rate("first_shown_preferred", comparisons, _shown_earlier),
         **preferred_rate("first_stored_preferred", comparisons, lambda c, i, j: 1),
         "by_labeler": [_labeler(name, theirs) for name, theirs in _by_labeler(comparisons)],
-        "agreement": _agreement(distinct),
     }
 
 
@@ -182,18 +181,3 @@ def _is_cyclic(graph: Mapping[str, set[str]]) -> bool:
     except CycleError:
         return True
     return False
-
-
-def _agreement(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Who judged the same pair several times is compared judgement by judgement: the first with the others' first, …"""
-    by_pair: dict[tuple[str, str, str], list[list[int]]] = defaultdict(list)
-    for (prompt, a, b, labeler), verdicts in _verdicts(comparisons).items():
-        if labeler:
-            by_pair[prompt, a, b].append(verdicts)
-    alike = [
-        x == y
-        for labelers in by_pair.values()
-        for one, other in itertools.combinations(labelers, 2)
-        for x, y in zip(one, other, strict=False)
-    ]
-    return {"agree": sum(alike) / len(alike), "judgements": len(alike)} if alike else {}

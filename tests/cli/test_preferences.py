@@ -153,6 +153,22 @@ def test_statistics_as_a_table_by_hand(command, ranked):
     assert [row[:3] for row in cells(shown) if len(row) == 5] == [["ann", "1", "0.0%"]]
 
 
+def test_how_far_labelers_agree_by_hand(command, tmp_path):
+    """Ann and Bob on four pairs: they agree on three, and by chance on half: κ = (3/4 − 1/2)/(1/2) = ½."""
+    rows = [
+        {"prompt": str(i), "responses": ["x", "y"], "ranks": ranks, "labeler": name}
+        for name, answers in (("ann", "1100"), ("bob", "1000"))
+        for i, ranks in enumerate([0, 1] if answer == "1" else [1, 0] for answer in answers)
+    ]
+    file = write_rows(tmp_path / "both.jsonl", *rows)
+    _, shown, _ = command("preferences", "stats", file)
+    between = next(line for line in shown.splitlines() if "ann and bob" in line)
+    assert [cell.strip() for cell in between.split("│")][1:-1] == ["ann and bob", "4", "0.500"]
+    assert "1/2/0/1 of 4 pairs that several judged" in shown
+    found = json.loads(command("preferences", "stats", file, "--json")[1])
+    assert found["agreement"]["percent_agreement"] == 0.75
+
+
 def test_hostile_names_are_made_safe_and_many_labelers_are_cut_short(command, tmp_path):
     rows = [
         {"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1], "labeler": f"\x1b]0;[red]{i:02d}"} for i in range(23)

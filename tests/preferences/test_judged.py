@@ -80,8 +80,15 @@ def test_each_two_labelers_by_hand(small):
     assert (ann_ben["labelers"], ann_ben["pairs"]) == (["ann", "ben"], 4)
     assert ann_ben["cohen_kappa"] == pytest.approx(0.5)  # p_o = ¾, p_e = ½ · ¾ + ½ · ¼
     assert ann_carl["pairs"] == 3 and ann_carl["cohen_kappa"] == pytest.approx((2 / 3 - 4 / 9) / (5 / 9))
-    assert ann_carl["cohen_kappa_low"] <= ann_carl["cohen_kappa"] <= ann_carl["cohen_kappa_high"]
+    assert "cohen_kappa_low" not in ann_carl
     assert ben_carl["labelers"] == ["ben", "carl"]
+
+
+def test_from_ten_pairs_on_kappa_has_an_interval_and_the_most_pairs_come_first(small):
+    more = [judged(who, "second", prompt=f"q{i}") for who in ("ben", "carl") for i in range(7)]
+    between = agreement_report([*small, *more])["between"]
+    assert [row["pairs"] for row in between] == [10, 4, 3] and between[0]["labelers"] == ["ben", "carl"]
+    assert between[0]["cohen_kappa_low"] <= between[0]["cohen_kappa"] <= between[0]["cohen_kappa_high"]
 
 
 def test_each_labeler_against_the_majority_of_the_others(small):
