@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_BUCKET = 2**24  # numbers in one message: 64 MB in float32
+
 # This process's number and how many there are. A group that others have made, for a purpose of their own, is not ours.
 _rank, _count = 0, 1
 
@@ -104,18 +106,22 @@ def agreed(work: Callable[[], T]) -> T:
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over the processes, in one message per dtype."""
+    """Replace each tensor by its sum over the processes, many of them in one message."""
     if _count == 1:
         return
     import torch
     import torch.distributed as dist
 
-    for dtype in {tensor.dtype for tensor in tensors}:
-        those = [tensor for tensor in tensors if tensor.dtype == dtype]
-        whole = torch.cat([tensor.flatten() for tensor in those])
-        dist.all_reduce(whole)
-        for tensor, part in zip(those, whole.split([tensor.numel() for tensor in those]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+    bucket: list[Tensor] = []
+    for i, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        last = i + 1 == len(tensors) or tensors[i + 1].dtype != tensor.dtype
+        if last or sum(each.numel() for each in bucket) >= _BUCKET:
+            whole = torch.cat([each.flatten() for each in bucket])
+            dist.all_reduce(whole)
+            for each, part in zip(bucket, whole.split([each.numel() for each in bucket]), strict=True):
+                each.copy_(part.view_as(each))
+            bucket = []
 
 
 def in_first(work: Callable[[], T]) -> T:

@@ -97,7 +97,8 @@ def test_one_process_writes_what_one_alone_would(runs):
 
 
 def gathered(out: Path) -> None:
-    """What `collect` and a gradient step are in two processes, left in files."""
+    """What `collect` and a gradient step are in two processes, left in files; gradients go in many small messages."""
+    processes._BUCKET = 1000
     policy = random_model(seed=1)
     with processes.together():
         rollout = collect(policy, make_envs(2), episodes=7, seed=5)

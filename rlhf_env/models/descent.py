@@ -137,6 +137,8 @@ class Descent:
         """Lay the gradients of all processes' rows where the optimizer looks for them; returns their norm."""
         for master, p in zip(self.masters, self.parameters, strict=True):
             master.grad = None if p.grad is None else part(p.grad).to(master.dtype)
+            if p.dtype in _HALF:
+                p.grad = None  # there is one in float32 now
         spread, single = ([], [])
         for master, p in zip(self.masters, self.parameters, strict=True):
             if master.grad is not None:

@@ -123,8 +123,8 @@ def training_card(
     )
     paragraphs = [
         f"# {_code(config.agent)} on {_code(config.policy)}",
-        f"Trained on {what}: {cost(summary)} on {summary['device_name']} ({config.device}, {summary['threads']} "
-        "threads).",
+        f"Trained on {what}: {cost(summary)} on {summary['device_name']} ({config.device}, {summary['processes']} "
+        f"process{'es' * (summary['processes'] > 1)} of {summary['threads']} thread{'s' * (summary['threads'] > 1)}).",
         f"Measured on {summary['eval_episodes']} responses to {summary['eval_prompts']} {prompts}, with 95 % "
         "intervals. KL is in nats per response, to the reference; the win rate is against the reference, by the score.",
         "\n".join(["| | before | after |", "|---|---|---|", *table]),
