@@ -33,7 +33,7 @@ from tests.tiny_training import tiny_training
 
 
 def trained_together(configs: dict[str, TrainConfig], folder: Path, resume: bool = False) -> None:
-    with processes.together():
+    with processes.together(next(iter(configs.values())).device):
         for name, config in configs.items():
             run_training(config, folder / name, resume=resume)
 
