@@ -357,6 +357,20 @@ MUTATIONS = [
         classic=True,
     ),
     Mutation(
+        "a layer with adapters passes for frozen",
+        "rlhf_env/models/blocks.py",
+        "not any(p.requires_grad for p in part.parameters())",
+        "not all(p.requires_grad for p in part.parameters())",
+        f"{BLOCKS}::test_layers_are_frozen_up_to_the_first_weight_that_learns",
+    ),
+    Mutation(
+        "a minibatch takes up what frozen layers say of other episodes",
+        "rlhf_env/models/scoring.py",
+        "begun[rows])",
+        "begun[rows.sort().values])",
+        f"{EVERY_AGENT}::test_frozen_layers_read_once_an_update_teach_the_same",
+    ),
+    Mutation(
         "rows read in groups are put where they stand in the group",
         "rlhf_env/models/blocks.py",
         "rows[row], t))",
@@ -1022,7 +1036,7 @@ MUTATIONS = [
     Mutation(
         "a value network of its own learns nothing",
         "agents/ppo.py",
-        "values = self.critic.evaluate(batch)[1]",
+        "values = criticize(rows)[1]",
         "pass",
         f"{PPO_OPTIONS}::test_a_value_network_of_its_own_learns_the_returns_and_nothing_else",
     ),

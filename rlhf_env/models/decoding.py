@@ -189,13 +189,15 @@ class BlockDecoder:
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in number], device=index.device)
         lengths = torch.tensor([len(prompt) for prompt in number], device=index.device)
         self._reserve(width)
-        for layer, (keys, values, x) in enumerate(body.run(ids)):  # noqa: B007 (x of the last one is used)
+        x = body.embed(ids)
+        for layer, (keys, values, made) in enumerate(body.run(x, body.family.blocks)):
+            x = made
             if layer == len(self.storage):  # the first prompts this decoder sees
                 shape = (len(self.length) * keys.shape[1], width + _ROOM, keys.shape[3])
                 self.storage.append((keys.new_zeros(shape), values.new_zeros(shape)))
             for kept, new in zip(self.storage[layer], (keys, values), strict=True):
                 self._by_row(kept)[index, :, :width] = new[which]
-        last = body.family.norm(x[torch.arange(len(number)), lengths - 1])  # type: ignore[reportPossiblyUnbound]
+        last = body.family.norm(x[torch.arange(len(number)), lengths - 1])
         self.length[index], self.written[index] = lengths[which], 0
         logits, values = self.model.heads(last)
         self._read(index, logits[which], values[which])
