@@ -287,8 +287,8 @@ MUTATIONS = [
     Mutation(
         "the first to finish end the batch",
         "rlhf_env/models/sampling.py",
-        "if len(going) + len(refill) == 0:",
-        "if len(going) + len(refill) == 0 or (waiting == total and done.any() and len(refill) == 0):",
+        "while len(going):",
+        "while len(going) and waiting < total:",
         f"{DECODING}::test_refilled_rows_are_not_a_sample_of_the_short",
     ),
     Mutation(
@@ -323,8 +323,8 @@ MUTATIONS = [
     Mutation(
         "a decoded token sees one token more than its window",
         "rlhf_env/models/decoding.py",
-        "(column <= position.unsqueeze(1) - window)",
-        "(column < position.unsqueeze(1) - window)",
+        "column <= position.unsqueeze(1) - window",
+        "column < position.unsqueeze(1) - window",
         f"{BLOCKS}::test_rows_that_grow_restart_and_leave_are_decoded_alike",
     ),
     Mutation(
