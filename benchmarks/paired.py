@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import platform
-import resource
 import shlex
 import statistics
 import sys
@@ -24,7 +23,7 @@ def begin() -> None:
     """Keep to one thread, and print the command, the day and the machine above the tables."""
     torch.set_num_threads(1)
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    print(f"`{command}`, {datetime.now(UTC):%Y-%m-%d}: {processor()}, torch {torch.__version__}, one thread\n")
+    print(f"`{command}`, {datetime.now(UTC):%Y-%m-%d}: {processor()}, torch {torch.__version__}, one thread", flush=True)
 
 
 def processor() -> str:
@@ -75,5 +74,6 @@ def row(*cells: object) -> None:
 
 
 def peak() -> int:
-    """The most memory that this process ever had, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # KiB on Linux
+    """The most memory that this program ever had, in MB; by Linux, as getrusage counts what it was forked from, too."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) // 1024

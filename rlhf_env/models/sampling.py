@@ -73,7 +73,9 @@ def sample_responses(
     decoder.start(range(len(owner)), [prompts[i] for i in owner.tolist()])
     while len(going):
         now = owner[going]
-        rows, t = torch.as_tensor(going, device=decoder.log_probs.device), length[now]
+        rows, t = slice(None), length[now]  # without a copy where no row is idle
+        if len(going) < len(owner):
+            rows = torch.as_tensor(going, device=decoder.log_probs.device)
         log_probs = decoder.log_probs[rows]
         if truncated is not None:
             left = truncated.candidates[rows]
