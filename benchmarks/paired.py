@@ -23,7 +23,8 @@ def begin() -> None:
     """Keep to one thread, and print the command, the day and the machine above the tables."""
     torch.set_num_threads(1)
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    print(f"`{command}`, {datetime.now(UTC):%Y-%m-%d}: {processor()}, torch {torch.__version__}, one thread", flush=True)
+    day = f"{datetime.now(UTC):%Y-%m-%d}"
+    print(f"`{command}`, {day}: {processor()}, torch {torch.__version__}, one thread", flush=True)
 
 
 def processor() -> str:
