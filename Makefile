@@ -33,8 +33,18 @@ check: $(STAMP)
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
+# The tables of the manual, under the commands that made them; `make bench PEERS=.bench` has TRL beside ours.
+bench: SHELL := /bin/bash
+bench: .SHELLFLAGS := -eo pipefail -c
 bench: $(STAMP)
-	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/iteration.py $(if $(PEERS),--peers $(PEERS)) | tee docs/benchmarks/iteration.md
+	$(BIN)/python benchmarks/iteration.py --sizes 1M --rounds 11 | tee docs/benchmarks/near_the_floor.md
+	$(BIN)/python benchmarks/iteration.py --sizes 1M --tokens 16 64 128 256 --rounds 2 | tee docs/benchmarks/tokens.md
+	$(BIN)/python benchmarks/iteration.py --sizes 1M --batch 8 128 256 --rounds 2 | tee docs/benchmarks/responses.md
+	$(BIN)/python benchmarks/below_the_floor.py | tee docs/benchmarks/below_the_floor.md
+	$(BIN)/python benchmarks/decoding.py | tee docs/benchmarks/decoding.md
+	$(BIN)/python benchmarks/sb3.py | tee docs/benchmarks/sb3.md
+	$(BIN)/python benchmarks/environment.py
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt sphinx furo

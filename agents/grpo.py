@@ -24,6 +24,7 @@ from rlhf_env.functional import (
     response_mean,
 )
 from rlhf_env.models.descent import Descent, mean_metrics, minibatches, require_finite_logp
+from rlhf_env.models.scoring import evaluator
 from rlhf_env.settings import require, require_groups
 from rlhf_env.types import Policy, Rollout
 
@@ -67,11 +68,11 @@ class GRPO:
         shuffle = np.random.default_rng([self.seed, self.descent.begin(progress)])
         worth = rollout.returns if c.kl == "reward" else rollout.score - rollout.penalty  # [B]
         advantages = group_advantages(worth, c.group_size, scale=c.scale)
-        longest = mask.shape[1]
+        longest, evaluate = mask.shape[1], evaluator(self.policy, rollout)
 
         def loss_of(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             batch, m = rollout[rows], mask[rows]
-            logp, _, entropy = self.policy.evaluate(batch)
+            logp, _, entropy = evaluate(rows)
             require_finite_logp(logp, m, rows)
             terms = ppo_clip_terms(logp, batch.logp, advantages[rows].unsqueeze(1), m, c.clip)  # [B, T]
             estimate = (kl_k2 if c.kl == "k2" else kl_k3)(*(torch.where(m, x, 0.0) for x in (logp, batch.ref_logp)))

@@ -26,6 +26,7 @@ from rlhf_env.functional import (
     whiten,
 )
 from rlhf_env.models.descent import Descent, mean_metrics, minibatches, require_finite_logp
+from rlhf_env.models.scoring import evaluator
 from rlhf_env.models.sft import demonstration_loss, read_demonstrations
 from rlhf_env.settings import require
 from rlhf_env.types import Policy, Rollout
@@ -94,13 +95,15 @@ class PPO:
         warming_up = number < c.critic_warmup
         # Each episode brings a demonstration along.
         drawn = np.random.default_rng([self.seed, number, _PTX_STREAM]).integers(max(len(self.ptx), 1), size=len(mask))
+        evaluate = evaluator(self.policy, rollout)
+        criticize = evaluate if self.critic is self.policy else evaluator(self.critic, rollout)
 
         def loss_of(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             batch, m = rollout[rows], mask[rows]
-            logp, values, entropy = self.policy.evaluate(batch)
+            logp, values, entropy = evaluate(rows)
             require_finite_logp(logp, m, rows)
             if self.critic is not self.policy:
-                values = self.critic.evaluate(batch)[1]
+                values = criticize(rows)[1]
             policy_loss = ppo_clip_loss(logp, batch.logp, advantages[rows], m, c.clip)
             value_loss = clipped_value_loss(values, batch.values, returns[rows], m, c.value_clip)
             entropy_mean = masked_mean(entropy, m)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf_env.functional import masked_mean
 from rlhf_env.models.descent import Descent, mean_metrics, minibatches, require_finite_logp
+from rlhf_env.models.scoring import evaluator
 from rlhf_env.settings import require, require_groups
 from rlhf_env.types import Policy, Rollout
 
@@ -57,8 +58,9 @@ class RejectionSampling:
         shuffle = np.random.default_rng([self.seed, self.descent.begin(progress)])
         best = best_of_groups(rollout.require_finite().returns, c.group_size)
         chosen = rollout[best]
+        loss_of = imitation(self.policy, chosen)
         steps = [
-            self.descent.step(imitation(self.policy, chosen), rows, chosen.lengths, c.micro_batch_size)
+            self.descent.step(loss_of, rows, chosen.lengths, c.micro_batch_size)
             for _ in range(c.epochs)
             for rows in minibatches(len(chosen), c.minibatches, shuffle, best.device)
         ]
@@ -87,9 +89,11 @@ def best_of_groups(worth: Tensor, group_size: int) -> Tensor:
 def imitation(policy: Policy, episodes: Rollout) -> Any:
     """The loss of making `episodes` likelier, per token, for `Descent.step`."""
 
+    evaluate = evaluator(policy, episodes)
+
     def loss_of(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         batch = episodes[rows]
-        logp, _, entropy = policy.evaluate(batch)
+        logp, _, entropy = evaluate(rows)
         require_finite_logp(logp, batch.response_mask, rows)
         loss = -masked_mean(logp, batch.response_mask)
         return loss, {"nll": loss, "entropy": masked_mean(entropy, batch.response_mask)}

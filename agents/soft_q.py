@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from rlhf_env.errors import ConfigError
 from rlhf_env.functional import gae, linear_schedule, masked_mean, value_loss
 from rlhf_env.models.descent import Descent, mean_metrics, minibatches, require_finite_logp
+from rlhf_env.models.scoring import evaluator
 from rlhf_env.settings import require
 from rlhf_env.types import Decoder, Rollout, Sampler, SamplingLaw
 
@@ -78,20 +80,22 @@ class SoftQ:
             )
         draw = np.random.default_rng([self.seed, self.descent.begin(progress)])
         self.replay = [*self.replay, rollout][-c.replay :]
-        steps = []
+        steps, loss_on = [], cache(self._loss_on)
         for _ in range(c.epochs):
             memory = self.replay[draw.integers(len(self.replay))]
             for rows in minibatches(len(memory), c.minibatches, draw, rollout.score.device):
                 weight = memory.response_mask.sum(1)
-                steps.append(self.descent.step(self._loss_on(memory), rows, weight, c.micro_batch_size))
+                steps.append(self.descent.step(loss_on(memory), rows, weight, c.micro_batch_size))
                 self._follow()
         return {**mean_metrics(steps), "learning_rate": self.descent.current_rate}
 
     def _loss_on(self, memory: Rollout) -> Any:
+        evaluate = evaluator(self.policy, memory)
+
         def loss_of(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             batch = memory[rows]
             mask, beta = batch.response_mask, batch.beta.unsqueeze(1)
-            logp, values, entropy = self.policy.evaluate(batch)
+            logp, values, entropy = evaluate(rows)
             require_finite_logp(logp, mask, rows)
             with torch.no_grad():
                 old_logp, old_values, _ = self.target.evaluate(batch)

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from paired import begin, row, table, take_turns
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
@@ -76,8 +76,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    torch.set_num_threads(1)
-    print("| n | environment | responses | transitions per second | time |\n|---|---|---|---|---|")
+    begin()
+    table("n", "environment", "responses", "transitions per second", "time")
     for n in (8, 64, 256):
         for ends in (False, True):
             compare(n, ends, CONTESTANTS, rounds, time.process_time)
@@ -97,20 +97,17 @@ def compare(
     if ends:
         actions[rng.random(actions.shape) < END] = int(TOKENIZER.convert_tokens_to_ids("<eos>"))  # type: ignore[arg-type]
     envs = {name: make(n) for name, make in contestants.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in envs}
-    for round in range(rounds + 1):  # the first one warms up
-        for name, env in envs.items():
-            env.reset()
-            began = clock()
-            for action in actions:
-                env.step(action)
-            if round:
-                seconds[name].append(clock() - began)
-    first = next(iter(seconds))
-    for name, taken in seconds.items():
-        ratio = statistics.median(t / b for t, b in zip(taken, seconds[first], strict=True))
-        length = "by EOS" if ends else f"{TOKENS} tokens"
-        print(f"| {n} | {name} | {length} | {actions.size / statistics.median(taken):,.0f} | {ratio:.2f} |", flush=True)
+
+    def cost(env: Any) -> float:
+        env.reset()
+        began = clock()
+        for action in actions:
+            env.step(action)
+        return clock() - began
+
+    found = take_turns({name: lambda env=env: cost(env) for name, env in envs.items()}, rounds)
+    for name, (middle, ratio) in found.items():
+        row(n, name, "by EOS" if ends else f"{TOKENS} tokens", f"{actions.size / middle:,.0f}", f"{ratio:.2f}")
         envs[name].close()
 
 

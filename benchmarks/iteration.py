@@ -1,8 +1,8 @@
 """One iteration of PPO: ours, and Stable-Baselines3's through the bridge, beside a floor written by hand.
 
     python benchmarks/iteration.py                     # models of 1 M and 6 M parameters, 32 responses of 32 tokens
-    python benchmarks/iteration.py --sizes 1M --tokens 16 64 128 256
-    python benchmarks/iteration.py --sizes 1M --batch 8 128 256
+    python benchmarks/iteration.py --sizes 1M --tokens 16 32 64 128 256 --rounds 2
+    python benchmarks/iteration.py --sizes 1M --batch 8 32 128 256 --rounds 2
     python benchmarks/iteration.py --memory            # the peak of each in a process of its own
     python benchmarks/iteration.py --peers .bench      # TRL, too, in environments that are made in that folder
 
@@ -15,8 +15,6 @@ RLOO takes one step on all responses, here and there.
 from __future__ import annotations
 
 import argparse
-import gc
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from floor import Floor, Weights
+from paired import Cost, begin, peak, row, seconds, table, take_turns
 from stable_baselines3 import PPO as SB3PPO
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger
@@ -46,7 +45,7 @@ from rlhf_env.training.loop import train
 
 PROMPT = 16
 SIZES = {"1M": (1000, 128, 4, 4), "6M": (5000, 256, 6, 8)}  # vocabulary, width, layers, heads
-PARTS = ("sampling", "reference", "reward model", "update")
+PARTS: tuple[str, ...] = ("sampling", "reference", "reward model", "update")
 
 TRL = {
     "TRL 1.12's PPO": ("1.12.0", "ppo"),
@@ -82,17 +81,17 @@ class Work:
         torch.manual_seed(1)
         return AutoModelForSequenceClassification.from_config(config).eval().requires_grad_(False)
 
-    def envs(self) -> TextGenerationVectorEnv:
-        return TextGenerationVectorEnv(
-            self.batch,
-            prompts=self.texts,
-            tokenizer=self.tokenizer,
-            reference=self.lm().requires_grad_(False),
-            reward_model=ClassifierReward.from_model(self.reward(), self.tokenizer),
-            max_new_tokens=self.tokens,
-            stop_at_eos=False,
-            beta=0.05,
-        )
+    def envs(self, **settings: Any) -> TextGenerationVectorEnv:
+        usual: dict[str, Any] = {
+            "prompts": self.texts,
+            "tokenizer": self.tokenizer,
+            "reference": self.lm().requires_grad_(False),
+            "reward_model": ClassifierReward.from_model(self.reward(), self.tokenizer),
+            "max_new_tokens": self.tokens,
+            "stop_at_eos": False,
+            "beta": 0.05,
+        }
+        return TextGenerationVectorEnv(self.batch, **usual | settings)
 
     def floor(self) -> Iterate:
         policy, reference, reward = self.lm(), self.lm().requires_grad_(False), self.reward()
@@ -101,17 +100,24 @@ class Work:
         prompts = torch.from_numpy(self.prompts)
         return lambda: floor.iterate(prompts, self.tokens)
 
-    def ours(self, agent: str = "ppo", **settings: Any) -> Iterate:
+    def ours(
+        self,
+        agent: str = "ppo",
+        *,
+        policy: CausalLM | None = None,
+        envs: TextGenerationVectorEnv | None = None,
+        **settings: Any,
+    ) -> Iterate:
         cls = agent_class(agent)
         config = agent_config(cls, {"learning_rate": 1e-4, "batch_size": self.batch, **settings})
-        rows = train(cls(self.lm(), config), self.envs(), updates=10**6)
+        rows = train(cls(policy or self.lm(), config), envs or self.envs(), updates=10**6)
         return lambda: next(rows)
 
-    def sb3(self) -> Iterate:
+    def sb3(self, reference: str = "auto") -> Iterate:
         transitions = self.batch * self.tokens
         model = SB3PPO(
             LMActorCriticPolicy,
-            SB3VecEnv(self.envs()),
+            SB3VecEnv(self.envs(reference_backend=reference)),
             gamma=1.0,
             learning_rate=1e-4,
             n_steps=self.tokens,
@@ -139,12 +145,13 @@ class Work:
         from rlhf_env.training import collect as module
 
         taken: dict[str, list[float]] = {name: [] for name in (*PARTS, "the rest")}
+        spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)  # in one round
 
         def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
             def wrapped(*args: Any, **kwargs: Any) -> Any:
                 began = time.process_time()
                 found = work(*args, **kwargs)
-                taken[name].append(time.process_time() - began)
+                spent[name] += time.process_time() - began
                 return found
 
             return wrapped
@@ -158,10 +165,12 @@ class Work:
         module.teacher_forced_logp = timed("reference", whole[1])
         update = timed("update", agent.update)
         for _ in range(rounds):
+            spent.update(dict.fromkeys(PARTS, 0.0))
             began = time.process_time()
             update(collect(policy, envs, episodes=self.batch))
-            known = sum(taken[name][-1] for name in PARTS)
-            taken["the rest"].append(time.process_time() - began - known)
+            whole_round = time.process_time() - began
+            for name, some in (*spent.items(), ("the rest", whole_round - sum(spent.values()))):
+                taken[name].append(some)
         module.sample_responses, module.teacher_forced_logp = whole
         return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
@@ -170,6 +179,7 @@ CONTESTANTS: dict[str, Callable[[Work], Iterate]] = {
     "floor": Work.floor,
     "PPO": Work.ours,
     "SB3's PPO, bridge": Work.sb3,
+    "SB3's PPO, deferred reference": lambda work: work.sb3("deferred"),
 }
 BESIDE_TRL: dict[str, Callable[[Work], Iterate]] = {
     "GRPO": lambda work: work.ours("grpo", epochs=4, minibatches=4, group_size=8, kl="k3"),
@@ -213,36 +223,17 @@ class Peer:
         return int(self.process.stdout.readline())
 
 
-def timed(iterate: Iterate) -> Callable[[], float]:
-    def seconds() -> float:
-        began = time.process_time()
-        iterate()
-        return time.process_time() - began
-
-    return seconds
-
-
 def compare(work: Work, rounds: int, peers: Path | None) -> dict[str, tuple[float, float]]:
     """Median seconds of each contestant, and median of its ratio to the floor."""
     ours = CONTESTANTS if peers is None else CONTESTANTS | BESIDE_TRL
-    contestants: dict[str, Callable[[], float]] = {name: timed(make(work)) for name, make in ours.items()}
+    contestants: dict[str, Cost] = {name: seconds(make(work)) for name, make in ours.items()}
     if peers is not None:
         contestants |= {name: Peer(work, *which, peers) for name, which in TRL.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    gc.collect()
-    for number in range(rounds + 1):  # the first one warms up
-        for name, iterate in contestants.items():
-            taken = iterate()
-            if number:
-                seconds[name].append(taken)
+    found = take_turns(contestants, rounds)
     for contestant in contestants.values():
         if isinstance(contestant, Peer):
             contestant.peak()
-    floor = seconds["floor"]
-    return {
-        name: (statistics.median(taken), statistics.median(t / f for t, f in zip(taken, floor, strict=True)))
-        for name, taken in seconds.items()
-    }
+    return found
 
 
 def main() -> None:
@@ -259,35 +250,35 @@ def main() -> None:
         "--only", choices=CONTESTANTS | BESIDE_TRL, help="run two iterations of one and print its peak memory"
     )
     args = parser.parse_args()
-    torch.set_num_threads(1)
     shapes = [(size, batch, tokens) for size in args.sizes for batch in args.batch for tokens in args.tokens]
     if args.only:
+        torch.set_num_threads(1)
         iterate = (CONTESTANTS | BESIDE_TRL)[args.only](Work(*shapes[0]))
         for _ in range(2):
             iterate()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)  # KiB on Linux
+        print(peak())
         return
-    columns = ["model", "responses", "tokens each", "", *(["peak memory, MB"] if args.memory else ["seconds", "ratio"])]
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    begin()
+    table("model", "responses", "tokens each", "", *(["peak memory, MB"] if args.memory else ["seconds", "ratio"]))
     for size, batch, tokens in shapes:
-        place = f"| {size} | {batch} | {tokens} |"
+        place = (size, batch, tokens)
         if args.memory:
             words = ("--sizes", size, "--batch", str(batch), "--tokens", str(tokens), "--only")
             for name in CONTESTANTS | BESIDE_TRL:
                 done = subprocess.run([sys.executable, __file__, *words, name], check=True, capture_output=True)
-                print(f"{place} {name} | {int(done.stdout)} |", flush=True)
+                row(*place, name, int(done.stdout))
             for name, which in TRL.items() if args.peers else ():
                 peer = Peer(Work(size, batch, tokens), *which, args.peers)
                 for _ in range(2):
                     peer()
-                print(f"{place} {name} | {peer.peak()} |", flush=True)
+                row(*place, name, peer.peak())
             continue
         work = Work(size, batch, tokens)
         for name, (middle, ratio) in compare(work, args.rounds, args.peers).items():
-            print(f"{place} {name} | {middle:.3f} | {ratio:.2f} |", flush=True)
+            row(*place, name, f"{middle:.3f}", f"{ratio:.2f}")
         parts = work.parts(args.rounds)
         whole = sum(parts.values())
-        print(f"{place} parts | " + ", ".join(f"{name} {x / whole:.0%}" for name, x in parts.items()) + " | |")
+        row(*place, "parts of PPO: " + ", ".join(f"{name} {x / whole:.0%}" for name, x in parts.items()), "", "")
 
 
 if __name__ == "__main__":

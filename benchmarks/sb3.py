@@ -9,13 +9,11 @@ one thread; process time, medians of alternated rounds; ratios are taken within 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
+from paired import begin, row, seconds, table, take_turns
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.callbacks import CallbackList
@@ -93,31 +91,25 @@ UPDATES: dict[str, Callable[[], PPO]] = {
 
 
 def compare(contestants: dict[str, Callable[[], PPO]], work: Callable[[PPO], None], rounds: int, title: str) -> None:
+    def cost(model: PPO) -> float:
+        if work is not rollout:
+            rollout(model)
+        else:
+            model.policy.forget_contexts()  # type: ignore[operator]  # as the update between two rollouts does
+        return seconds(lambda: work(model))()
+
     models = {name: contestant() for name, contestant in contestants.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for round in range(rounds + 1):  # the first one warms up
-        for name, model in models.items():
-            if work is not rollout:
-                rollout(model)
-            else:
-                model.policy.forget_contexts()  # type: ignore[operator]  # as the update between two rollouts does
-            began = time.process_time()
-            work(model)
-            if round:
-                seconds[name].append(time.process_time() - began)
-    first = seconds[next(iter(seconds))]
-    print(f"\n| {title} | seconds | tokens per second | time |\n|---|---|---|---|")
-    for name, taken in seconds.items():
-        ratio = statistics.median(t / f for t, f in zip(taken, first, strict=True))
-        middle = statistics.median(taken)
-        print(f"| {name} | {middle:.3f} | {ENVS * TOKENS / middle:,.0f} | {ratio:.2f} |", flush=True)
+    found = take_turns({name: lambda model=model: cost(model) for name, model in models.items()}, rounds)
+    table(title, "seconds", "tokens per second", "time")
+    for name, (middle, ratio) in found.items():
+        row(name, f"{middle:.3f}", f"{ENVS * TOKENS / middle:,.0f}", f"{ratio:.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    torch.set_num_threads(1)
+    begin()
     compare(ROLLOUTS, rollout, rounds, f"rollout of {ENVS} × {TOKENS} tokens")
     compare(UPDATES, lambda model: model.train(), rounds, "update of one epoch, in 4 minibatches")
 

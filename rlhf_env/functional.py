@@ -92,7 +92,8 @@ class _TokenStatistics(torch.autograd.Function):
         p, gradient = logits.softmax(-1), None
         if to_logp is not None:
             gradient = (p * -to_logp.unsqueeze(-1)).scatter_add(-1, tokens.unsqueeze(-1), to_logp.unsqueeze(-1))
-        if to_entropy is not None:
+        # Losses weigh the entropy by 0 more often than not; who differentiates again may yet ask about that 0.
+        if to_entropy is not None and (torch.is_grad_enabled() or to_entropy.any()):
             log_p = logits.log_softmax(-1)
             of_entropy = -p * (_finite(log_p) + entropy(log_p).unsqueeze(-1)) * to_entropy.unsqueeze(-1)
             gradient = of_entropy if gradient is None else gradient + of_entropy

@@ -440,7 +440,11 @@ class Decoder(Protocol):
 
 
 class Policy(Protocol):
-    """A distribution over next tokens with a value estimate, trainable by gradient."""
+    """A distribution over next tokens with a value estimate, trainable by gradient.
+
+    It may also have `begin(rollout)`: what frozen layers make of the episodes, or None. An update of several passes
+    makes it once and gives its rows to `evaluate(rollout[rows], begun[rows])`.
+    """
 
     def decoder(self, num_rows: int, law: SamplingLaw) -> Decoder:
         """A fresh decoder of `num_rows` rows that samples under `law`."""

@@ -293,8 +293,8 @@ MUTATIONS = [
     Mutation(
         "the first to finish end the batch",
         "rlhf_env/models/sampling.py",
-        "if len(going) + len(refill) == 0:",
-        "if len(going) + len(refill) == 0 or (waiting == total and done.any() and len(refill) == 0):",
+        "while len(going):",
+        "while len(going) and waiting < total:",
         f"{DECODING}::test_refilled_rows_are_not_a_sample_of_the_short",
     ),
     Mutation(
@@ -329,8 +329,8 @@ MUTATIONS = [
     Mutation(
         "a decoded token sees one token more than its window",
         "rlhf_env/models/decoding.py",
-        "(column <= position.unsqueeze(1) - window)",
-        "(column < position.unsqueeze(1) - window)",
+        "column <= position.unsqueeze(1) - window",
+        "column < position.unsqueeze(1) - window",
         f"{BLOCKS}::test_rows_that_grow_restart_and_leave_are_decoded_alike",
     ),
     Mutation(
@@ -361,6 +361,20 @@ MUTATIONS = [
         "at = t + rollout.prompt_mask[rows].sum(1)[row]",
         f"{BLOCKS}::test_numbers_and_gradients_are_those_of_hugging_face",
         classic=True,
+    ),
+    Mutation(
+        "a layer with adapters passes for frozen",
+        "rlhf_env/models/blocks.py",
+        "not any(p.requires_grad for p in part.parameters())",
+        "not all(p.requires_grad for p in part.parameters())",
+        f"{BLOCKS}::test_layers_are_frozen_up_to_the_first_weight_that_learns",
+    ),
+    Mutation(
+        "a minibatch takes up what frozen layers say of other episodes",
+        "rlhf_env/models/scoring.py",
+        "begun[rows])",
+        "begun[rows.sort().values])",
+        f"{EVERY_AGENT}::test_frozen_layers_read_once_an_update_teach_the_same",
     ),
     Mutation(
         "rows read in groups are put where they stand in the group",
@@ -1071,7 +1085,7 @@ MUTATIONS = [
     Mutation(
         "a value network of its own learns nothing",
         "agents/ppo.py",
-        "values = self.critic.evaluate(batch)[1]",
+        "values = criticize(rows)[1]",
         "pass",
         f"{PPO_OPTIONS}::test_a_value_network_of_its_own_learns_the_returns_and_nothing_else",
     ),

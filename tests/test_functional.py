@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rlhf_env import functional
 from rlhf_env.functional import (
     adaptive_beta_factor,
     best_of_n,
@@ -183,6 +184,21 @@ def test_token_statistics_can_be_differentiated_twice() -> None:
         assert torch.autograd.gradcheck(lambda x, part=part: token_statistics(x, tokens)[part], logits)
         assert torch.autograd.gradgradcheck(lambda x, part=part: token_statistics(x, tokens)[part], logits)
     assert torch.autograd.gradgradcheck(lambda x: token_statistics(x, tokens), logits)
+
+
+def test_an_entropy_of_no_weight_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(functional, "entropy", lambda x: counted.append(1) or entropy(x))
+    logits, tokens = f64([1, 2, 0], [0, 3, -math.inf]), torch.tensor([0, 1])
+    gradients = []
+    for weight in (None, 0.0, 1.0):
+        counted.clear()
+        x = logits.clone().requires_grad_()
+        logp, h = token_statistics(x, tokens)
+        (logp.sum() if weight is None else logp.sum() + weight * h.sum()).backward()
+        assert len(counted) == (2 if weight else 1)  # of which one for its value
+        gradients.append(x.grad)
+    assert torch.equal(gradients[0], gradients[1]) and not torch.allclose(gradients[0], gradients[2])
 
 
 # --- KL divergence: π = (1/2, 1/4, 1/4), ref = (1/4, 1/4, 1/2) --------------------------------------

@@ -53,12 +53,16 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         super().reset()
         shape = (self.buffer_size, self.n_envs)
         self.lump, self.beta = np.zeros(shape), np.zeros(shape)  # [steps, envs]
+        self._ended: dict[tuple[int, int], NDArray[np.float64]] = {}  # log ref [T], by (step, env) of the end
 
     def add(self, *args: Any, **kwargs: Any) -> None:
         """Keep one step of every environment, and what it was charged."""
         if self._cores:
             self.lump[self.pos] = np.concatenate([core.lump for core in self._cores])
             self.beta[self.pos] = np.concatenate([core.step_beta * charges_late(core) for core in self._cores])
+            begin = np.cumsum([0, *(core.num_slots for core in self._cores)]).tolist()
+            for first, core in zip(begin, self._cores, strict=False):
+                self._ended |= {(self.pos, first + slot): logp for slot, logp in core.late_ref_logp.items()}
         super().add(*args, **kwargs)
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
@@ -99,9 +103,17 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         return samples._replace(observations=states)
 
     def _reference_logp(self) -> NDArray[np.float64]:
-        """Log-probabilities [steps, envs] of the actions under the reference, in one pass over each episode."""
+        """Log-probabilities [steps, envs] of the actions under the reference.
+
+        Those of episodes that are over their environment has told; the others are read here, in one pass over each.
+        """
         ref_logp, begin = np.zeros((self.buffer_size, self.n_envs)), 0
+        written = self.observations["response_mask"].sum(-1, dtype=np.int64)  # [steps, envs]
         parts = [np.divmod(episode, self.buffer_size) for episode in self._episodes()]  # (environments, steps)
+        for env, steps in parts:
+            if (logp := self._ended.get((int(steps[-1]), int(env[0])))) is not None:
+                ref_logp[steps, env] = logp[written[steps, env]]
+        parts = [(env, steps) for env, steps in parts if (steps[-1], env[0]) not in self._ended]
         for core in self._cores:
             mine = [(int(env[0]), steps) for env, steps in parts if begin <= env[0] < begin + core.num_slots]
             begin += core.num_slots
@@ -115,8 +127,7 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
                 assert core.task.reference is not None
                 logp = teacher_forced_logp(core.task.reference, rollout).double().cpu().numpy()
                 for row, (env, steps) in enumerate(chunk):
-                    written = self.observations["response_mask"][steps, env].sum(-1, dtype=np.int64)
-                    ref_logp[steps, env] = logp[row, written]
+                    ref_logp[steps, env] = logp[row, written[steps, env]]
         return ref_logp
 
     def _tokens(self, env: int, step: int) -> tuple[list[int], list[int]]:

@@ -157,7 +157,12 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         return logits[:, -1], values[:, -1]
 
     def _inside(self, states: EpisodeStates) -> tuple[Tensor, Tensor]:
-        ids, mask = left_padded(states.last["input_ids"].long(), states.last["attention_mask"].bool())
+        ids, mask = states.last["input_ids"].long(), states.last["attention_mask"].bool()
+        if (body := self.lm.body) is not None:  # rows are right-padded, as it reads them
+            length = mask.sum(1)
+            column = length[states.row] - 1 - states.before_end
+            return self.lm.heads(body(ids[:, : int(length.max())], lambda x: x[states.row, column]))
+        ids, mask = left_padded(ids, mask)
         keep = int(states.before_end.max()) + 1
         logits, values = self.lm(ids, mask, keep=keep)
         column = keep - 1 - states.before_end

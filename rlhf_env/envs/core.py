@@ -64,6 +64,8 @@ class TokenMDP:
         self._pieces: list[list[str]] = [[] for _ in range(n)]  # the prompt's text and each token's, for such scores
         #: KL charge, in reward, that the last step put on a last token in one lump because it was computed late, [N].
         self.lump = np.zeros(n)
+        #: log ref [T] of the episodes that the last step ended, by slot, where it was computed late.
+        self.late_ref_logp: dict[int, NDArray[np.float64]] = {}
         self.step_beta = np.zeros(n)  #: β of the episodes that the last step belonged to, [N]
         self._ended: list[dict[str, Any]] = [{} for _ in range(n)]  # what to render of episodes that are over
         self._finished_kl: list[float] = []  # of episodes that the controller of β has not heard of yet
@@ -153,6 +155,7 @@ class TokenMDP:
         logp = self._policy_logp(actions, stepping)
         ref_logp = self._reference_logp(tokens, stepping)
         self.step_beta, self.lump = self.episode_beta.copy(), np.zeros(n)
+        self.late_ref_logp = {}
 
         t = self.written[going]
         info: dict[str, Column] = {}
@@ -314,6 +317,7 @@ class TokenMDP:
         if not np.isfinite(ref_logp).all():
             row, t = (int(x[0]) for x in np.nonzero(~np.isfinite(ref_logp)))
             self._refuse(slots[row], self.response_ids(slots[row])[t], ref_logp[row, t])
+        self.late_ref_logp = dict(zip(slots, ref_logp, strict=True))
 
     @staticmethod
     def _refuse(slot: int, token: int, ref_logp: float) -> None:

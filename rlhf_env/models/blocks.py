@@ -8,9 +8,9 @@ understood; for all others, and as the oracle in the tests, there is the model's
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Self
 
 import torch
@@ -23,6 +23,7 @@ from transformers.activations import NewGELUActivation
 from rlhf_env.models.sharding import own_class
 from rlhf_env.types import Rollout
 
+_CHUNK = 64  # episodes that frozen blocks read at once
 _FIXED_ROTATIONS = ("default", "linear", "llama3")  # those whose angles depend on nothing but the position
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin of the angles at some positions, [..., 1, head size]
@@ -33,6 +34,7 @@ class GPT2:
 
     def __init__(self, model: Any) -> None:
         self.body, self.blocks = model.transformer, model.transformer.h
+        self.embeddings = (self.body.wte, self.body.wpe)
         self.heads = self.kv_heads = model.config.num_attention_heads
 
     @staticmethod
@@ -77,6 +79,7 @@ class Llama:
 
     def __init__(self, model: Any) -> None:
         self.body, self.blocks = model.model, model.model.layers
+        self.embeddings = (self.body.embed_tokens,)
         self.heads, self.kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
 
     @staticmethod
@@ -129,6 +132,17 @@ _FAMILIES: dict[type, type[GPT2] | type[Llama]] = {
 
 
 @dataclass(frozen=True)
+class Begun:
+    """What the first `depth` blocks make of some episodes: states [B, L, D], each episode's from column 0 on."""
+
+    depth: int
+    states: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Begun:
+        return Begun(self.depth, self.states[rows])
+
+
+@dataclass(frozen=True)
 class Body:
     """A model's transformer without its output layer."""
 
@@ -155,33 +169,63 @@ class Body:
         What comes after a row's end may hold anything: no token looks ahead. `keep` chooses what is wanted of [B, L, D]
         before the last norm.
         """
-        ((_, _, x),) = deque(self.run(ids), maxlen=1)
+        x = self.output(self.embed(ids), self.family.blocks)
         return self.family.norm(x if keep is None else keep(x))
 
-    def states_before(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def frozen(self) -> int:
+        """How many of the first blocks no gradient step changes, nor what they are given; adapters are part of them."""
+        parts = (nn.ModuleList(self.family.embeddings), *self.family.blocks)
+        still = takewhile(lambda part: not any(p.requires_grad for p in part.parameters()), parts)
+        return max(0, sum(1 for _ in still) - 1)
+
+    @torch.no_grad()
+    def begin(self, rollout: Rollout) -> Begun | None:
+        """What the frozen blocks make of a rollout, for `states_before`; None where no block is frozen.
+
+        It takes B · L · D numbers in the body's dtype, of L the longest episode's tokens and D the width.
+        """
+        if (depth := self.frozen) == 0:
+            return None
+        lengths, found = rollout.attention_mask.sum(1), None
+        for rows in (part for group in buckets(lengths) for part in group.split(_CHUNK)):
+            x = self.output(self.embed(_flush_left(rollout, rows)), self.family.blocks[:depth])
+            found = x.new_zeros(len(lengths), int(lengths.max()), x.shape[2]) if found is None else found
+            found[rows, : x.shape[1]] = x
+        return None if found is None else Begun(depth, found)
+
+    def states_before(self, rollout: Rollout, begun: Begun | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Last hidden states [M, D] before each of a rollout's M response tokens, and each one's row and t, int64 [M].
 
         Where the lengths are uneven, the episodes are read a few at a time, so that none is padded to the longest.
+        `begun` is what `begin` said of these very episodes.
         """
-        lengths = rollout.attention_mask.sum(1)
-        column = torch.arange(rollout.attention_mask.shape[1], device=lengths.device)
-        before = rollout.attention_mask.to(torch.uint8).argmax(1, keepdim=True)  # [B, 1] padding before the prompt
-        found = []
+        lengths, blocks, found = rollout.attention_mask.sum(1), self.family.blocks, []
         for rows in buckets(lengths):
-            kept = column[: int(lengths[rows].max())]
-            ids = rollout.input_ids[rows].gather(1, (kept + before[rows]).clamp(max=len(column) - 1))
+            if begun is None:
+                x = self.output(self.embed(_flush_left(rollout, rows)), blocks)
+            else:
+                x = self.output(begun.states[rows, : int(lengths[rows].max())], blocks[begun.depth :])
             row, t = rollout.response_mask[rows].nonzero(as_tuple=True)
             at = t + rollout.prompt_mask[rows].sum(1)[row] - 1
-            found.append((self(ids, lambda x, row=row, at=at: x[row, at]), rows[row], t))
+            found.append((self.family.norm(x[row, at]), rows[row], t))
         hidden, row, t = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
         return hidden, row, t
 
-    def run(self, ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Keys and values [B, kv heads, L, size] of each block for rows of ids [B, L], and its output [B, L, D]."""
-        family, position = self.family, torch.arange(ids.shape[1], device=ids.device)
-        x = family.embed(ids, position)
-        rotation = family.rotation(x, position.unsqueeze(0))
-        for block in family.blocks:
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the first block is given for rows of ids [B, L] that begin in column 0: [B, L, D]."""
+        return self.family.embed(ids, torch.arange(ids.shape[1], device=ids.device))
+
+    def output(self, x: Tensor, blocks: Sequence[Any]) -> Tensor:
+        """What the last of successive `blocks` makes of x [B, L, D]."""
+        for _, _, made in self.run(x, blocks):
+            x = made
+        return x
+
+    def run(self, x: Tensor, blocks: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Keys and values [B, kv heads, L, size] of each of successive `blocks` for x [B, L, D], and its output."""
+        rotation = self.family.rotation(x, torch.arange(x.shape[1], device=x.device).unsqueeze(0))
+        for block in blocks:
             if self.checkpointed and torch.is_grad_enabled():
                 k, v, x = checkpoint(self._block, block, x, rotation, use_reentrant=False)  # type: ignore[misc]
             else:
@@ -209,6 +253,14 @@ class Body:
         """Queries [..., heads, size], keys and values [..., kv heads, size] of a block's input [..., D], rotated."""
         q, k, v = self.family.project(block, x)
         return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
+
+
+def _flush_left(rollout: Rollout, rows: Tensor) -> Tensor:
+    """The ids of these episodes [n, L], each from column 0 on, L the length of the longest; then anything."""
+    mask = rollout.attention_mask[rows]
+    before = mask.to(torch.uint8).argmax(1, keepdim=True)  # [n, 1] padding before the prompt
+    kept = torch.arange(int(mask.sum(1).max()), device=mask.device)
+    return rollout.input_ids[rows].gather(1, (kept + before).clamp(max=mask.shape[1] - 1))
 
 
 def buckets(lengths: Tensor) -> list[Tensor]:

@@ -21,7 +21,7 @@ from rlhf_env.errors import ConfigError, TokenizerError
 from rlhf_env.functional import token_statistics
 from rlhf_env.http import is_url
 from rlhf_env.models.adapters import same_weights, without_adapters
-from rlhf_env.models.blocks import Body
+from rlhf_env.models.blocks import Begun, Body
 from rlhf_env.models.decoding import BlockDecoder, CachedDecoder, FullContextDecoder, keeps_only_keys_and_values
 from rlhf_env.models.reading import action_log_probs, evaluate_states, response_log_probs
 from rlhf_env.models.sharding import is_part, is_spread, spread
@@ -236,14 +236,25 @@ class CausalLM(nn.Module):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return self._run(input_ids, attention_mask.long(), position_ids, keep, cache)
 
+    def begin(self, rollout: Rollout) -> Begun | None:
+        """What the frozen layers make of episodes, for `evaluate`; None where none is, or the family has no `body`.
+
+        It takes B · L · D numbers, and holds while no weight changes that does not learn. Its rows are taken like the
+        rollout's, `begun[rows]`.
+        """
+        return None if (body := self.body) is None else body.begin(rollout)
+
     def response_log_probs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Teacher-forced log-probabilities [B, T, V] under `rollout.law`, and values [B, T], before each token."""
         return response_log_probs(self, rollout)
 
-    def evaluate(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probability, value and entropy at every response token, each [B, T], with gradient."""
+    def evaluate(self, rollout: Rollout, begun: Begun | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability, value and entropy at every response token, each [B, T], with gradient.
+
+        `begun` is what `begin` gave for these very episodes, so that the frozen layers need not read them again.
+        """
         if (body := self.body) is not None:
-            return evaluate_states(self.heads, *body.states_before(rollout), rollout)
+            return evaluate_states(self.heads, *body.states_before(rollout, begun), rollout)
         log_probs, values = self.response_log_probs(rollout)
         logp, entropy = token_statistics(log_probs, rollout.response_ids)
         return logp, values, entropy

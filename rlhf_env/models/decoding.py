@@ -189,13 +189,15 @@ class BlockDecoder:
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in number], device=index.device)
         lengths = torch.tensor([len(prompt) for prompt in number], device=index.device)
         self._reserve(width)
-        for layer, (keys, values, x) in enumerate(body.run(ids)):  # noqa: B007 (x of the last one is used)
+        x = body.embed(ids)
+        for layer, (keys, values, made) in enumerate(body.run(x, body.family.blocks)):
+            x = made
             if layer == len(self.storage):  # the first prompts this decoder sees
                 shape = (len(self.length) * keys.shape[1], width + _ROOM, keys.shape[3])
                 self.storage.append((keys.new_zeros(shape), values.new_zeros(shape)))
             for kept, new in zip(self.storage[layer], (keys, values), strict=True):
                 self._by_row(kept)[index, :, :width] = new[which]
-        last = body.family.norm(x[torch.arange(len(number)), lengths - 1])  # type: ignore[reportPossiblyUnbound]
+        last = body.family.norm(x[torch.arange(len(number)), lengths - 1])
         self.length[index], self.written[index] = lengths[which], 0
         logits, values = self.model.heads(last)
         self._read(index, logits[which], values[which])
@@ -239,6 +241,7 @@ class BlockDecoder:
         nothing = x.new_empty(1, 1, 1)
         unseen = column > position.unsqueeze(1)  # [N, columns]
         ragged = bool(unseen.any())
+        hidden_from = unseen.repeat_interleave(heads, 0).unsqueeze(1) if ragged else None  # [N · kv heads, 1, columns]
         for block, stored in zip(family.blocks, self.storage, strict=True):
             q, *new = body.qkv(block, x, rotation)  # [N, heads, size]
             for kept, token in zip(stored, new, strict=True):
@@ -249,11 +252,11 @@ class BlockDecoder:
             keys, values = (kept[:, :longest] for kept in stored)
             q = q.reshape(n * heads, -1, q.shape[-1])  # queries that share keys are side by side
             weight = torch.baddbmm(nothing, q, keys.transpose(1, 2), beta=0, alpha=family.scale(block))
-            hidden_from, window = unseen, family.window(block)
-            if window is not None and window < longest:
-                hidden_from = unseen | (column <= position.unsqueeze(1) - window)
-            if ragged or hidden_from is not unseen:
-                weight = weight.masked_fill(hidden_from.repeat_interleave(heads, 0).unsqueeze(1), -torch.inf)
+            if hidden_from is not None:
+                weight.masked_fill_(hidden_from, -torch.inf)
+            if (window := family.window(block)) is not None and window < longest:
+                past = column <= position.unsqueeze(1) - window
+                weight.masked_fill_(past.repeat_interleave(heads, 0).unsqueeze(1), -torch.inf)
             weight = weight.float() if weight.dtype in _HALF else weight
             attended = weight.softmax(-1).to(values.dtype) @ values
             x = family.finish(block, x, attended.reshape(n, -1))

@@ -15,6 +15,9 @@ from rlhf_env.functional import gather_logp, inverse_cdf_sample
 from rlhf_env.models.truncation import TruncatedDecoder
 from rlhf_env.types import Decoder, Policy, SamplingLaw
 
+# An eighth of the rows must be idle before they are refilled or dropped: that costs nearly as much for one as for four.
+_PART = 8
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -93,7 +96,8 @@ def sample_responses(
     logp, values = (np.zeros((total, most)) for _ in range(2))
     length, ended = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.bool_)
 
-    owner = np.arange(min(num_rows, total))  # [rows] the prompt that each row is answering
+    owner = np.arange(min(num_rows, total))  # [rows] the prompt that each row is answering, or has answered
+    going = owner.copy()  # the rows whose response is unfinished
     waiting = len(owner)
     decoder: Decoder = policy.decoder(len(owner), law)
     truncated: TruncatedDecoder | None = None
@@ -104,50 +108,55 @@ def sample_responses(
             (total, most, 1), -1
         )  # as wide as the widest set so far: top-p alone rarely needs all of V
     decoder.start(range(len(owner)), [prompts[i] for i in owner.tolist()])
-    while True:
-        log_probs, t = decoder.log_probs, length[owner]
+    while len(going):
+        now = owner[going]
+        rows, t = slice(None), length[now]  # without a copy where no row is idle
+        if len(going) < len(owner):
+            rows = torch.as_tensor(going, device=decoder.log_probs.device)
+        log_probs = decoder.log_probs[rows]
         if truncated is not None:
-            left = truncated.candidates[:, : int((truncated.candidates >= 0).sum(-1).max())].cpu().numpy()
+            left = truncated.candidates[rows]
+            left = left[:, : int((left >= 0).sum(-1).max())].cpu().numpy()
             if (more := left.shape[1] - candidates.shape[2]) > 0:
                 candidates = np.pad(candidates, ((0, 0), (0, 0), (0, more)), constant_values=-1)
-            candidates[owner, t, : left.shape[1]] = left
+            candidates[now, t, : left.shape[1]] = left
         if greedy:
             tokens = log_probs.argmax(-1)
         else:
-            tokens = inverse_cdf_sample(log_probs, torch.as_tensor(uniform[owner, t], device=log_probs.device))
+            tokens = inverse_cdf_sample(log_probs, torch.as_tensor(uniform[now, t], device=log_probs.device))
         chosen = gather_logp(log_probs, tokens).cpu().numpy()
         if not np.isfinite(chosen).all():
             row = int(np.flatnonzero(~np.isfinite(chosen))[0])
             raise NonFiniteError(
                 f"the {'policy or reference' if law.truncates else 'policy'}'s log-probabilities are not finite for "
-                f"prompt {first + owner[row]} at response token {t[row]}: its weights hold NaN or infinity, or its "
+                f"prompt {first + now[row]} at response token {t[row]}: its weights hold NaN or infinity, or its "
                 "logits overflow"
             )
         drawn = tokens.cpu().numpy()
-        ids[owner, t], logp[owner, t], values[owner, t] = drawn, chosen, decoder.values.cpu().numpy()
-        length[owner] += 1
-        ended[owner] = drawn == law.eos_token_id if law.eos_token_id is not None else False
+        ids[now, t], logp[now, t], values[now, t] = drawn, chosen, decoder.values[rows].cpu().numpy()
+        length[now] += 1
+        ended[now] = drawn == law.eos_token_id if law.eos_token_id is not None else False
         if stop is not None:
-            for i in owner[~ended[owner]].tolist():
+            for i in now[~ended[now]].tolist():
                 ended[i] = stop(prompts[i], ids[i, : length[i]].tolist())
-        done = ended[owner] | (length[owner] == limit[owner])
-
+        done = ended[now] | (length[now] == limit[now])
         if progress is not None and done.any():
             progress(int(done.sum()))
-        refill = np.flatnonzero(done)[: total - waiting]
-        going = np.flatnonzero(~done)
-        if len(going) + len(refill) == 0:
-            break
+
+        going = going[~done]
         if len(going):
-            decoder.append(drawn[going], going.tolist())
-        if len(refill):
+            decoder.append(drawn[~done], going.tolist())
+        idle = np.setdiff1d(np.arange(len(owner)), going)
+        few = len(idle) < len(owner) / _PART and len(going) > 0
+        if waiting < total and not few:
+            refill = idle[: total - waiting]
             owner[refill] = np.arange(waiting, waiting + len(refill))
             waiting += len(refill)
             decoder.start(refill.tolist(), [prompts[i] for i in owner[refill].tolist()])
-        alive = np.sort(np.concatenate([going, refill]))
-        if len(alive) < len(owner):
-            decoder.keep(alive.tolist())
-            owner = owner[alive]
+            going = np.sort(np.concatenate([going, refill]))
+        elif waiting == total and len(going) and not few:
+            decoder.keep(going.tolist())
+            owner, going = owner[going], np.arange(len(going))
 
     width = int(length.max())
     dtype = decoder.log_probs.dtype

@@ -1,7 +1,8 @@
-"""Log-probabilities of whole responses in one teacher-forced pass."""
+"""Whole responses in one teacher-forced pass, or in the passes of an update."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,20 @@ from torch import Tensor
 
 from rlhf_env.functional import kl_full, masked_sum
 from rlhf_env.types import Policy, Rollout
+
+
+def evaluator(policy: Policy, rollout: Rollout) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """`policy.evaluate(rollout[rows])` as a function of `rows` [M], for an update that reads each episode many times.
+
+    What frozen layers say of the episodes is made once, here, and kept: B · L · D numbers, of L the longest episode's
+    tokens and D the model's width. The results differ by rounding, and not at all where nothing is frozen. A policy
+    without `begin(rollout)` reads everything every time.
+    """
+    begin: Any = getattr(policy, "begin", None)
+    begun = None if begin is None else begin(rollout)
+    if begun is None:
+        return lambda rows: policy.evaluate(rollout[rows])
+    return lambda rows: policy.evaluate(rollout[rows], begun[rows])  # type: ignore[call-arg]
 
 
 @torch.no_grad()

@@ -130,6 +130,32 @@ def test_parts_of_a_batch_add_up_to_the_batch(name):
             torch.testing.assert_close(a, b, atol=1e-7, rtol=0)
 
 
+PASSES: dict[str, dict[str, Any]] = {  # several over each batch
+    "ppo": {},
+    "ppo, its critic": {"value_network": "separate"},
+    "grpo": {"epochs": 3},
+    "rejection_sampling": {"epochs": 3},
+    "soft_q": {"epochs": 3, "replay": 1},
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_frozen_layers_read_once_an_update_teach_the_same(name, monkeypatch):
+    found, begun = [], []
+    begin = CausalLM.begin
+    for method in (lambda self, rollout: begun.append(len(rollout)) or begin(self, rollout), lambda *_: None):
+        monkeypatch.setattr(CausalLM, "begin", method)
+        policy = random_model(dtype="float64", seed=1).freeze_layers(1)
+        agent = make(name.split(",")[0], policy, **PASSES[name])
+        envs = envs_for(agent, reference=random_model(dtype="float64"))
+        agent.update(*next_rollouts(agent, envs, seed=1, start=0))
+        found.append(weights(agent))
+    assert begun == {"ppo, its critic": [8, 8], "rejection_sampling": [4]}.get(name, [8])
+    assert not equal(found[0], [p.detach() for p in random_model(dtype="float64", seed=1).parameters()])
+    for once, every_time in zip(*found, strict=True):
+        torch.testing.assert_close(once, every_time, atol=1e-10, rtol=0)
+
+
 @pytest.mark.parametrize("name", LEARNING)
 def test_state_and_weights_are_all_that_goes_on(name):
     """Four updates are two, a new agent that is given what the first one has, and two more: to the bit."""

@@ -19,8 +19,10 @@ from rlhf_env.agents.sb3 import (
     SB3VecEnv,
     attach_sb3,
 )
+from rlhf_env.agents.sb3 import buffer as buffer_module
 from rlhf_env.agents.sb3.buffer import _balanced
 from rlhf_env.errors import ConfigError
+from rlhf_env.models.scoring import teacher_forced_logp
 from tests.agents.sb3 import furthest, make_model, weights
 from tests.builders import make_env, make_envs, random_model
 
@@ -122,6 +124,21 @@ def test_a_deferred_reference_pays_what_a_cached_one_pays(env, algorithm):
         assert (theirs["lump"] == 0).all()
     if "kl_placement" not in env:
         assert all((ours["lump"] != 0).any() for ours in deferred), "something was moved"
+
+
+def test_the_reference_reads_a_whole_episode_once(monkeypatch):
+    """Where its environment ends it; the buffer reads those that go on after the rollout."""
+    read: list[int] = []
+
+    def counted(policy: Any, rollout: Any) -> Any:
+        read.append(len(rollout))
+        return teacher_forced_logp(policy, rollout)
+
+    monkeypatch.setattr(buffer_module, "teacher_forced_logp", counted)
+    for tokens, expected in ((3, []), (4, [4])):  # rollouts of 9 steps, episodes of exactly so many tokens
+        envs = make_envs(4, reference_backend="deferred", stop_at_eos=False, max_new_tokens=tokens)
+        collected(SB3VecEnv(envs), rollouts=1)
+        assert read == expected
 
 
 def test_moving_the_charge_keeps_the_sum_of_every_episode():

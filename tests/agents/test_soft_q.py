@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rlhf_env.agents.soft_q import HeatedPolicy, SoftQ, SoftQConfig
 from rlhf_env.errors import ConfigError
 from rlhf_env.training.collect import collect
 from rlhf_env.training.loop import next_rollouts, train
+from rlhf_env.types import Rollout
 from tests.agents.gradients import STILL, assert_gradient_is_that_of, float64_policy, read, sampled
 from tests.builders import make_envs, random_model
 
@@ -57,7 +59,12 @@ def test_each_pass_draws_one_batch_of_the_memory(monkeypatch):
     config = SoftQConfig(learning_rate=0.0, batch_size=4, replay=3, epochs=9, minibatches=2)
     agent, seen = SoftQ(random_model(seed=1), config), []
     loss_on = agent._loss_on
-    monkeypatch.setattr(agent, "_loss_on", lambda memory: seen.append(int(memory.score[0])) or loss_on(memory))
+
+    def spied(memory: Rollout) -> Any:
+        loss_of = loss_on(memory)
+        return lambda rows: seen.append(int(memory.score[0])) or loss_of(rows)
+
+    monkeypatch.setattr(agent, "_loss_on", spied)
     for number in range(4):
         agent.update(numbered(number))
     steps = seen[-18:]

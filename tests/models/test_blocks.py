@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from rlhf_env.models.adapters import add_lora
 from rlhf_env.models.blocks import Body, buckets
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.decoding import BlockDecoder, CachedDecoder
+from rlhf_env.models.scoring import evaluator
 from rlhf_env.text.tokenizers import char_tokenizer
 from rlhf_env.types import Rollout, SamplingLaw
 from tests.builders import make_rollout, random_model
@@ -54,10 +56,10 @@ def plain(policy: CausalLM) -> CausalLM:
     return twin
 
 
-def evaluated(policy: CausalLM, rollout: Rollout) -> tuple[list[Tensor], dict[str, Tensor]]:
+def evaluated(policy: CausalLM, rollout: Rollout, begun: Any = None) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Log-probability, value and entropy of each token, and the gradient of a mixture of them by weight."""
     policy.zero_grad()
-    found = [torch.where(rollout.response_mask, x, 0.0) for x in policy.evaluate(rollout)]
+    found = [torch.where(rollout.response_mask, x, 0.0) for x in policy.evaluate(rollout, begun)]
     weights = torch.randn(found[0].shape, generator=torch.Generator().manual_seed(0), dtype=found[0].dtype)
     sum((scale * x * weights).sum() for scale, x in zip((1, 2, 3), found, strict=True)).backward()  # type: ignore[union-attr]
     return [x.detach() for x in found], {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
@@ -127,10 +129,10 @@ def test_rows_that_grow_restart_and_leave_are_decoded_alike(name, dtype, toleran
 def test_a_prompt_that_starts_in_several_rows_is_read_once(monkeypatch):
     policy, read = random_model(), []
     whole = Body.run
-    monkeypatch.setattr(Body, "run", lambda self, ids: read.append(tuple(ids.shape)) or whole(self, ids))
+    monkeypatch.setattr(Body, "run", lambda self, x, blocks: read.append(tuple(x.shape[:2])) or whole(self, x, blocks))
     decoder = policy.decoder(5, SamplingLaw(11, 9))
     decoder.start([4, 0, 1, 3], [[1, 2], [3], [1, 2], [1, 2]])
-    assert read == [(2, 2)]
+    assert read == [(2, 2)]  # two prompts of at most two tokens
     assert torch.equal(decoder.log_probs[4], decoder.log_probs[1]) and torch.equal(decoder.values[4], decoder.values[3])
     assert not torch.equal(decoder.log_probs[4], decoder.log_probs[0])
 
@@ -198,12 +200,17 @@ def test_rows_of_like_length_are_read_together_where_that_saves_a_third(lengths,
     assert all(max(lengths[i] for i in a) <= min(lengths[i] for i in b) for a, b in zip(found, found[1:], strict=False))
 
 
-def test_rows_read_in_groups_are_those_read_one_by_one():
-    policy = model("GPT2")
+def uneven(policy: CausalLM) -> Rollout:
+    """32 episodes, one in four long."""
     draw = np.random.default_rng(0)
     responses = [draw.integers(0, 8, 1 + 60 * (i % 4 == 3)).tolist() for i in range(32)]
     prompts = [draw.integers(0, 8, 1 + i % 3).tolist() for i in range(32)]
-    rollout = make_rollout(policy, prompts, responses)
+    return make_rollout(policy, prompts, responses, left=2)
+
+
+def test_rows_read_in_groups_are_those_read_one_by_one():
+    policy = model("GPT2")
+    rollout = uneven(policy)
     assert len(buckets(rollout.attention_mask.sum(1))) == 4
     numbers, gradients = evaluated(policy, rollout)
     require_same((numbers, gradients), evaluated(plain(policy), rollout), 1e-10)
@@ -212,6 +219,68 @@ def test_rows_read_in_groups_are_those_read_one_by_one():
         require_same(
             [x[row] for x in numbers], [torch.where(rollout[row].response_mask, x, 0.0)[0] for x in alone], 1e-10
         )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
+@pytest.mark.parametrize("rows", [list(range(32)), [31, 2, 19, 0, 11], [5]])
+def test_frozen_layers_need_to_read_an_episode_only_once(name, dtype, tolerance, rows):
+    """Read with others, in batches of other shapes, and taken up in block 2 of 3: the same numbers and gradients."""
+    policy = model(name, dtype).freeze_layers(2)
+    rollout, rows = uneven(policy), torch.tensor(rows)
+    begun = policy.begin(rollout)
+    assert begun is not None and begun.states.shape == (32, 64, 32) and not begun.states.requires_grad
+    (numbers, gradients), (expected, expected_gradients) = (
+        evaluated(policy, rollout[rows], b) for b in (begun[rows], None)
+    )
+    require_same(numbers, expected, tolerance)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - expected_gradients[name]).norm() <= 10 * tolerance * expected_gradients[name].norm()
+
+
+def test_an_evaluator_runs_frozen_layers_once_and_the_others_each_time(monkeypatch):
+    policy, run, whole = model("Llama").freeze_layers(1), [], Body._block
+    rollout = make_rollout(policy, PROMPTS, RESPONSES)
+    number = {id(block): i for i, block in enumerate(policy.body.family.blocks)}  # type: ignore[union-attr]
+    monkeypatch.setattr(Body, "_block", lambda self, b, *args: run.append(number[id(b)]) or whole(self, b, *args))
+    evaluate = evaluator(policy, rollout)
+    assert run == [0]
+    for rows in (torch.tensor([2, 0]), torch.tensor([1, 3, 4])):
+        run.clear()
+        evaluate(rows)
+        assert run == [1, 2]
+
+
+@pytest.mark.parametrize("frozen", [0, 3])
+def test_an_evaluator_where_nothing_is_frozen_or_everything(frozen):
+    policy = model("GPT2").freeze_layers(frozen)
+    rollout, rows = make_rollout(policy, PROMPTS, RESPONSES), torch.tensor([3, 1])
+    assert policy.body.frozen == frozen  # type: ignore[union-attr]
+    for ours, plain in zip(evaluator(policy, rollout)(rows), policy.evaluate(rollout[rows]), strict=True):
+        require_same(ours, plain, 0 if frozen == 0 else 1e-12)
+
+
+def test_layers_are_frozen_up_to_the_first_weight_that_learns():
+    def frozen(policy: CausalLM) -> int:
+        assert policy.body is not None
+        return policy.body.frozen
+
+    policy = model("GPT2").requires_grad_(False)
+    assert frozen(policy) == 3
+    policy.model.transformer.wpe.requires_grad_(True)  # type: ignore[union-attr]
+    assert frozen(policy) == 0 and policy.begin(make_rollout(policy, PROMPTS, RESPONSES)) is None
+    assert frozen(add_lora(model("GPT2"))) == 0
+    late = add_lora(model("GPT2"), targets=["h.2.attn.c_attn"])  # adapters begin in block 2
+    assert frozen(late) == 2 and frozen(late.without_adapters()) == 3
+
+
+def test_a_policy_without_blocks_or_without_the_method_is_evaluated_as_ever():
+    policy = plain(model("GPT2").freeze_layers(2))
+    rollout, rows = make_rollout(policy, PROMPTS, RESPONSES), torch.tensor([4, 0])
+    only_evaluate: Any = SimpleNamespace(evaluate=policy.evaluate)
+    for each in (policy, only_evaluate):
+        require_same(evaluator(each, rollout)(rows), policy.evaluate(rollout[rows]), 0)
 
 
 @pytest.mark.parametrize("law", [SamplingLaw(11, 9, temperature=2.0, banned_tokens=(7,)), SamplingLaw(11, 9, top_k=4)])
@@ -242,6 +311,9 @@ def test_activations_that_are_made_again_give_the_same_gradient(name):
     before, whole = evaluated(policy, rollout), numbers_kept()
     policy.checkpoint_gradients()
     require_same(evaluated(policy, rollout), before, 1e-12)
+    begun = policy.freeze_layers(1).begin(rollout)
+    require_same(evaluated(policy, rollout, begun), evaluated(policy, rollout), 1e-10)
+    policy.requires_grad_(True)
     assert numbers_kept() < whole / 2
 
 

@@ -114,6 +114,24 @@ def test_refilled_rows_are_not_a_sample_of_the_short():
     assert torch.equal(refilled.response_mask, lockstep.response_mask)
 
 
+@pytest.mark.parametrize("backend", ["blocks", "cached"])
+def test_idle_rows_wait_for_one_another_and_change_no_response(backend, monkeypatch):
+    """Two of 16 are refilled or dropped at once, or more, but for the last ones."""
+    policy, events = random_model("gpt2", dtype="float64"), []
+    prompts = [PROMPTS[i % 8] for i in range(40)]
+    alone = sample(policy, prompts, num_rows=1)
+    kind = BlockDecoder if backend == "blocks" else CachedDecoder
+    start, keep = kind.start, kind.keep
+    monkeypatch.setattr(kind, "start", lambda self, rows, ids: events.append(len(rows)) or start(self, rows, ids))
+    monkeypatch.setattr(kind, "keep", lambda self, rows: events.append(-len(rows)) or keep(self, rows))
+    together = sample(With(policy, backend), prompts, num_rows=16)
+    assert torch.equal(alone.response_ids, together.response_ids)
+    torch.testing.assert_close(alone.logp, together.logp, atol=1e-10, rtol=0)
+    started, kept = [n for n in events if n > 0], [-n for n in events if n < 0]
+    assert started[0] == 16 and sum(started) == 40 and min(started[1:-1]) >= 2
+    assert all(after <= before * 7 / 8 for before, after in zip([16, *kept], kept, strict=False))
+
+
 def test_the_mask_is_true_up_to_and_including_eos():
     drawn = sample(random_model("gpt2"))
     for ids, mask, ended in zip(drawn.response_ids, drawn.response_mask, drawn.ended, strict=True):
