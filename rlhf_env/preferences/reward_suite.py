@@ -20,6 +20,7 @@ from rlhf_env.errors import DataError
 from rlhf_env.intervals import rate_interval
 from rlhf_env.preferences.probes import with_typos
 from rlhf_env.preferences.reward_metrics import length_of
+from rlhf_env.records.jsonl import require_keys
 from rlhf_env.text.sources import read_rows
 from rlhf_env.types import Comparison
 
@@ -88,8 +89,7 @@ def read_suite(source: str | Path) -> list[SuiteItem]:
     for where, row in read_rows(source, required={"prompt": str, "subset": str}):
         chosen, rejected = (_texts(row, key, where) for key in ("chosen", "rejected"))
         section, label = row.get("section", ""), str(row.get("id", ""))
-        if not isinstance(section, str):
-            raise DataError(f"{where}: 'section' must be a text, it is {type(section).__name__}")
+        require_keys({"section": section}, {"section": str}, where)
         if row["subset"].lower() == _TIES and not re.fullmatch(r"(ref|tied):\d+", label):
             raise DataError(f"{where}: a row of the subset Ties has an id 'ref:N' or 'tied:N', this one has {label!r}")
         items.append(SuiteItem(row["prompt"], chosen, rejected, row["subset"], section, label))
@@ -238,5 +238,5 @@ def _texts(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
     value = row.get(key)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{where}: {key!r} must be a text or a list of at least one text")
+        raise DataError(f"{where}: {key!r} must be a string or a list of at least one")
     return tuple(texts)

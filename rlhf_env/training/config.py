@@ -265,9 +265,7 @@ class RewardEvalConfig:
     label_flip_rate: float = 0.0  #: of the simulated labeler, where its temperature is known
     probes: int = 256  #: responses, at most, that each probe changes; 0: no probes
     suite: str | None = None  #: "generated" from the comparisons, or a file of RewardBench's rows; none: no suite
-    policy: str | None = (
-        None  #: folder or hub name of the policy that it shall train, or a server's URL; none: no draws
-    )
+    policy: str | None = None  #: folder, hub name or URL of the policy that it shall train; none: no draws
     prompts: str | None = None  #: file of prompts for the policy
     best_of: int = 16  #: draws of the policy per prompt, from which variance and best-of-n are estimated
     seed: int = 0  #: of draws, probes, the generated suite and the halves that the scale is fitted and measured on
@@ -281,7 +279,8 @@ class RewardEvalConfig:
         _require(self, {"probes": 0, "best_of": 2, "num_envs": 1, "seed": 0})
         if self.label_temperature is not None:
             LabelerConfig(self.label_temperature, self.label_flip_rate)  # its limits are these
-        if (self.label_temperature is None and self.label_flip_rate) or (self.label_temperature and not self.gold):
+        known = self.label_temperature is not None
+        if (known and self.gold is None) or (self.label_flip_rate and not known):
             raise ConfigError("what a labeler errs is told by label_temperature, in units of a gold that must be given")
         if (self.policy is None) != (self.prompts is None):
             raise ConfigError("to evaluate on a policy's responses, give both policy and prompts, or neither")
