@@ -92,23 +92,24 @@ def probe(
     prompts: Sequence[str],
     responses: Sequence[str],
     *,
+    unit: float | None = None,
     seed: int = 0,
     probes: Sequence[Probe] = PROBES,
 ) -> list[dict[str, Any]]:
     """How much each probe changes the score of responses, [N] to [N] prompts: a row per probe, ready for JSON.
 
-    Rows have `probe`, `sentence`, `defect`, and `change`: the mean change in standard deviations of the score over the
-    responses as they are, with its interval over prompts, each of which weighs the same; `raised` and `lowered`, the
-    shares of the responses whose score rises and falls by more than rounding; and their number `responses`, those left
-    out that a probe leaves as they are. A probe that the reward model cannot score has `error` instead. `DataError` is
-    raised where the responses all score alike, so that there is no unit.
+    Rows have `probe`, `sentence`, `defect`, and `change`: the mean change, as a multiple of `unit` (none: the standard
+    deviation of these responses' scores), with its interval over prompts, each of which weighs the same; `raised` and
+    `lowered`, the shares of the responses whose score rises and falls by more than rounding; and their number
+    `responses`, those left out that a probe leaves as they are. A probe that the reward model cannot score has `error`
+    instead. `DataError` is raised where there is no unit, since the responses all score alike.
     """
     if len(prompts) != len(responses):
         raise DataError(f"{len(prompts)} prompts were given with {len(responses)} responses")
-    plain = scores_of(reward, prompts, responses)
-    unit = float(plain.std()) if len(plain) else 0.0
+    if unit is None:
+        unit = float(scores_of(reward, prompts, responses).std()) if prompts else 0.0
     if unit <= 0:
-        raise DataError(f"all {len(plain)} responses score the same, so changes of the score have no unit")
+        raise DataError(f"all {len(responses)} responses score the same, so changes of the score have no unit")
     rows = []
     for number, each in enumerate(probes):
         rng = np.random.default_rng([seed, _STREAM, number])

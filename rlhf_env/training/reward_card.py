@@ -132,12 +132,13 @@ def worst_groups(summary: Mapping[str, Any], most: int = 3) -> list[tuple[str, s
 def reward_card(config: RewardEvalConfig, summary: Mapping[str, Any], *, figure: bool) -> str:
     """README.md of an evaluation. Names out of files are escaped, so that they stay text."""
     found = list(defects(summary))
+    scaled = "" if "reliability" in summary else " of the scores once scaled"
     names = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
     paragraphs = [
         f"# Reward model {_plain(config.reward)}",
         _origin(summary.get("origin", {})),
         f"Measured on the comparisons of {_plain(config.comparisons)}, with 95 % intervals"
-        + (f"; the true reward is {_plain(config.gold)}" if config.gold else "")
+        + (f"; the true reward is {_plain(summary['gold'])}" if "gold" in summary else "")
         + (f"; the policy is {_plain(config.policy)}" if config.policy else "")
         + ".",
         "## Defects",
@@ -145,7 +146,7 @@ def reward_card(config: RewardEvalConfig, summary: Mapping[str, Any], *, figure:
         if found
         else "None beyond chance in what was measured.",
         *(f"## {_plain(_title(table.title))}\n\n{_markdown(table)}" for table in reward_tables(summary)),
-        *(["## Reliability\n\n![reliability](plots/reliability.png)"] if figure else []),
+        *([f"## Reliability{scaled}\n\n![reliability](plots/reliability.png)"] if figure else []),
         "## The same again",
         "    " + _command(config),
         f"With {names}.",

@@ -76,6 +76,7 @@ def run_reward_eval(
     scores = utilities_of(reward, *asked)
     logits = [s * reward.std + reward.mean for s in scores] if _gives_logits(reward) else None
     summary: dict[str, Any] = {"comparisons": len(comparisons), "identical": identical}
+    summary |= {} if gold_name is None else {"gold": gold_name}
     summary |= measure_scores(comparisons, scores, logits, seed=config.seed)
     by_gold = comparisons
     if gold is not None:
@@ -86,7 +87,8 @@ def run_reward_eval(
     summary |= annotator_ceiling(comparisons)
     if config.probes and summary["score_std"] > 0:
         sample = _sample(comparisons, config.probes, config.seed)
-        summary["probes"] = probe(reward, [p for p, _ in sample], [r for _, r in sample], seed=config.seed)
+        prompts, responses = [p for p, _ in sample], [r for _, r in sample]
+        summary["probes"] = probe(reward, prompts, responses, unit=summary["score_std"], seed=config.seed)
     if config.suite is not None:
         items = items or generated_suite(by_gold, seed=config.seed)
         summary["suite"] = measure_suite(items, utilities_of(reward, *suite_texts(items)))

@@ -62,6 +62,11 @@ def test_the_unit_of_the_score_does_not_matter():
         assert row["change"] == pytest.approx(-rows_of(length)[name]["change"])
 
 
+def test_a_unit_may_be_given():
+    """Such as that of more responses than are changed, which may all score alike."""
+    assert rows_of(length, responses=("ab", "cd"), unit=4.0)["white space"]["change"] == 0.5
+
+
 def test_the_space_before_a_response_stays_there():
     seen = []
 

@@ -16,6 +16,7 @@ from rlhf_env.training.reward_card import defects, reward_card
 from rlhf_env.training.reward_eval import disagreement, measure_draws, review_rankings, run_reward_eval
 from rlhf_env.types import Comparison
 from tests.builders import ALPHABET
+from tests.reward_models.test_load import save_classifier
 from tests.tiny_files import write_letter_files, write_rows
 
 
@@ -133,6 +134,20 @@ def test_a_suite_from_a_file(folder, tmp_path):
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ConfigError, match=message):
         RewardEvalConfig("vader", "pairs.jsonl", **settings)
+
+
+def test_ties_alone_say_little_and_break_nothing(tmp_path):
+    row = {"prompt": "p", "responses": ["aa", "b"], "ranks": [0, 0]}
+    settings = RewardEvalConfig(f"{HERE}:length", write_rows(tmp_path / "ties.jsonl", row), suite="generated")
+    summary = run_reward_eval(settings, tmp_path / "out")
+    assert "accuracy" not in summary and summary["suite"] == {"subsets": [], "sections": []}
+    assert (summary["pairs"], summary["ties"]) == (1, 1)
+
+
+def test_a_score_among_several_labels_is_no_logit(folder, tmp_path):
+    save_classifier(tmp_path / "two", labels=2)
+    summary = run_reward_eval(config(folder, reward=f"{tmp_path / 'two'}:LABEL_1", probes=0))
+    assert "log_loss" not in summary and "accuracy" in summary
 
 
 def test_comparisons_of_nothing(tmp_path):
