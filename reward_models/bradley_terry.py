@@ -19,16 +19,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from rlhf_env.errors import ConfigError, DataError, RewardError, TokenizerError
 from rlhf_env.functional import bradley_terry_loss
-from rlhf_env.intervals import rate_interval
 from rlhf_env.models.descent import descend
+from rlhf_env.preferences.reward_metrics import measure_logits
 from rlhf_env.reward_models.classifier import ClassifierReward, padding_token
 from rlhf_env.settings import BradleyTerryConfig
 from rlhf_env.text.codec import Codec
 from rlhf_env.types import Comparison
 
 __all__ = ["BradleyTerryConfig", "fit_comparisons", "measure_comparisons", "new_reward_model", "usable"]
-
-BINS = 10  # of the reliability diagram
 
 
 def new_reward_model(
@@ -138,34 +136,7 @@ def measure_comparisons(reward: ClassifierReward, comparisons: Sequence[Comparis
     if not np.isfinite(logits).all():
         broken = responses[int(np.flatnonzero(~np.isfinite(logits))[0])]
         raise RewardError(f"the reward model's logit of the response {broken[:60]!r} is not finite")
-    differences, preferences, _ = _pairs(comparisons, torch.from_numpy(logits))
-    d, y = differences.numpy(), preferences.numpy()
-    # Both orders of every pair; σ(−d) rather than 1 − σ(d), so that the two are treated exactly alike.
-    p, seen = torch.sigmoid(torch.cat([differences, -differences])).numpy(), np.concatenate([y, 1 - y])
-    bins = np.minimum((p * BINS).astype(int), BINS - 1)
-    reliability = [
-        {
-            "low": k / BINS,
-            "high": (k + 1) / BINS,
-            "predicted": float(p[bins == k].mean()),
-            "observed": float(seen[bins == k].mean()),
-            "count": int((bins == k).sum()),
-        }
-        for k in np.unique(bins).tolist()
-    ]
-    measured: dict[str, Any] = {}
-    if len(right := _right(d, y)):
-        decided = sum(any(preference != 0.5 for _, _, preference in c.pairs) for c in comparisons)
-        measured |= rate_interval("accuracy", float(right.mean()) * decided, decided)
-        measured["margin"] = float((d * np.sign(y - 0.5))[y != 0.5].mean())
-    return measured | {
-        "log_loss": float(bradley_terry_loss(differences, preferences).mean()),
-        "brier": float(((p - seen) ** 2).mean()),
-        "ece": sum(bin["count"] * abs(bin["predicted"] - bin["observed"]) for bin in reliability) / len(p),
-        "reliability": reliability,
-        "pairs": len(y),
-        "ties": int((y == 0.5).sum()),
-    }
+    return measure_logits(comparisons, np.split(logits, np.cumsum([len(c.responses) for c in comparisons])[:-1]))
 
 
 def _rows(reward: ClassifierReward, comparison: Comparison) -> list[list[int]]:

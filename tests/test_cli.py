@@ -18,6 +18,7 @@ from rlhf_env.training.config import (
     PipelineConfig,
     PreferConfig,
     RewardConfig,
+    RewardEvalConfig,
     TrainConfig,
 )
 from tests.tiny_files import write_tiny_files
@@ -34,6 +35,7 @@ COMMANDS = {
     "sft": FineTuneConfig,
     "prefer": PreferConfig,
     "reward": RewardConfig,
+    "reward-eval": RewardEvalConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,

@@ -13,6 +13,7 @@ from rlhf_env.cli.inform import agents, doctor, worlds
 from rlhf_env.cli.measure import MORE_TO_EVALUATE, MORE_TO_GENERATE, evaluate, generate
 from rlhf_env.cli.pipeline import MORE_TO_PIPELINE, inspect, pipeline
 from rlhf_env.cli.preferences import preferences
+from rlhf_env.cli.reward_eval import MORE_TO_REWARD_EVAL, reward_eval
 from rlhf_env.cli.stages import MORE_TO_PREFER, MORE_TO_REWARD, MORE_TO_SFT, prefer, reward, sft
 from rlhf_env.cli.train import MORE_TO_TRAIN, train
 from rlhf_env.errors import ConfigError, RLHFEnvError
@@ -31,6 +32,7 @@ app.command(epilog=MORE_TO_PIPELINE)(pipeline)
 app.command(epilog=MORE_TO_SFT)(sft)
 app.command(epilog=MORE_TO_PREFER)(prefer)
 app.command(epilog=MORE_TO_REWARD)(reward)
+app.command("reward-eval", epilog=MORE_TO_REWARD_EVAL)(reward_eval)
 app.command(epilog=MORE_TO_TRAIN)(train)
 app.command(epilog=MORE_TO_EVALUATE)(evaluate)
 app.command(epilog=MORE_TO_GENERATE)(generate)

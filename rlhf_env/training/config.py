@@ -255,6 +255,40 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class RewardEvalConfig:
+    """An evaluation of a reward model, whatever it is, on comparisons that it has not learned from."""
+
+    reward: str  #: what is evaluated: "vader", "module:function", the folder of a classifier, or several, A,B,C
+    comparisons: str  #: file of comparisons, .jsonl or .json in any form that is read, or hf:NAME, or builtin:reviews
+    gold: str | None = None  #: the true reward of a synthetic experiment; with builtin:reviews none is vader
+    label_temperature: float | None = None  #: of the simulated labeler, in units of gold; none: not known
+    label_flip_rate: float = 0.0  #: of the simulated labeler, where its temperature is known
+    probes: int = 256  #: responses, at most, that each probe changes; 0: no probes
+    suite: str | None = None  #: "generated" from the comparisons, or a file of RewardBench's rows; none: no suite
+    policy: str | None = None  #: folder, hub name or URL of the policy that it shall train; none: no draws
+    prompts: str | None = None  #: file of prompts for the policy
+    best_of: int = 16  #: draws of the policy per prompt, from which variance and best-of-n are estimated
+    seed: int = 0  #: of draws, probes, the generated suite and the halves that the scale is fitted and measured on
+    device: str = "cpu"  #: "cpu", "cuda", "cuda:1", "mps"
+    dtype: DType = "float32"  #: precision of the policy's weights
+    num_envs: int = 32  #: responses written side by side
+    env: EnvConfig = field(default_factory=EnvConfig)  #: the token MDP of the policy's responses
+    server: ServerConfig = field(default_factory=ServerConfig)  #: the server, where the policy is one
+
+    def __post_init__(self) -> None:
+        _require(self, {"probes": 0, "best_of": 2, "num_envs": 1, "seed": 0})
+        if self.label_temperature is not None:
+            LabelerConfig(self.label_temperature, self.label_flip_rate)  # its limits are these
+        known = self.label_temperature is not None
+        if (known and self.gold is None) or (self.label_flip_rate and not known):
+            raise ConfigError("what a labeler errs is told by label_temperature, in units of a gold that must be given")
+        if (self.policy is None) != (self.prompts is None):
+            raise ConfigError("to evaluate on a policy's responses, give both policy and prompts, or neither")
+        if self.policy is not None:
+            _require_server(self.policy, self.server, self.env)
+
+
+@dataclass(frozen=True)
 class PipelineConfig:
     """The whole pipeline: demonstrations → policy → comparisons → reward model → reinforcement learning → evaluation.
 
