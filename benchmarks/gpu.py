@@ -1,0 +1,98 @@
+"""Half a billion random weights on one GPU: sampling beside `model.generate`, and an iteration of PPO.
+
+    python benchmarks/gpu.py                                       # bfloat16 on a GPU
+    python benchmarks/gpu.py --device cpu --dtype float32 --width 128 --layers 4 --responses 16 --tokens 16
+
+A Llama of 24 layers of width 1,024 and 32,000 tokens. Responses all have the same number of tokens. Time on the wall,
+once everything that was started is done; medians of alternated rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from paired import Cost, row, table, take_turns
+
+from rlhf_env import TextGenerationVectorEnv
+from rlhf_env.agents import PPO, PPOConfig
+from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.models.sampling import sample_responses
+from rlhf_env.models.tiny import tiny_config
+from rlhf_env.text.tokenizers import word_tokenizer
+from rlhf_env.training.loop import train
+from rlhf_env.types import SamplingLaw
+
+PROMPT = 64
+
+
+def on_the_wall(work: Any, device: torch.device) -> Cost:
+    def cost() -> float:
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    return cost
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
+    for name, default in (("width", 1024), ("layers", 24), ("vocab", 32_000), ("responses", 128), ("tokens", 128)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    device, batch, tokens = torch.device(args.device), args.responses, args.tokens
+    tokenizer = word_tokenizer(f"w{i}" for i in range(args.vocab - 4))
+    sizes = {"n_layer": args.layers, "n_embd": args.width, "n_head": args.width // 64, "n_positions": PROMPT + tokens}
+    config = tiny_config("llama", args.vocab, **sizes)
+    policy = CausalLM.from_config(config, tokenizer, device=args.device, dtype=args.dtype)
+    prompts = np.random.default_rng(0).integers(0, args.vocab - 4, (batch, PROMPT))
+
+    def ours() -> None:
+        seeds = [(i,) for i in range(batch)]
+        law = SamplingLaw(args.vocab, None)
+        sample_responses(policy, prompts.tolist(), law, max_new_tokens=tokens, seeds=seeds, num_rows=batch)
+
+    def generate() -> None:
+        ids, model = torch.from_numpy(prompts).to(device), policy.model
+        lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        law = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **lengths, **law)  # type: ignore
+
+    envs = TextGenerationVectorEnv(
+        batch,
+        prompts=[" ".join(f"w{i}" for i in ids) for ids in prompts.tolist()],
+        tokenizer=tokenizer,
+        reference=policy.frozen_copy(),
+        reward_model=lambda prompts, responses: [float(len(set(r.split()))) for r in responses],
+        max_new_tokens=tokens,
+        stop_at_eos=False,
+        beta=0.05,
+    )
+    agent = PPO(policy, PPOConfig(batch_size=batch, micro_batch_size=args.micro_batch))
+    rows = train(agent, envs, updates=10**6)
+    contestants = {"ours, sampling": ours, "`generate`": generate, "PPO, one iteration": lambda: next(rows)}
+    count = sum(p.numel() for p in policy.model.parameters())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(
+        f"{count:,} weights in {args.dtype} on {name}, torch {torch.__version__}; {batch} responses of {tokens} tokens"
+    )
+    table("", "seconds", "tokens per second", "time")
+    for who, (middle, ratio) in take_turns(
+        {who: on_the_wall(work, device) for who, work in contestants.items()}, args.rounds
+    ).items():
+        row(who, f"{middle:.3f}", f"{batch * tokens / middle:,.0f}", f"{ratio:.2f}")
+    if device.type == "cuda":
+        print(f"\npeak memory: {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB")
+
+
+if __name__ == "__main__":
+    main()
