@@ -53,7 +53,6 @@ def average_weights(
         states = [one.model.state_dict() for one in models]
         for name, weight in model.state_dict().items():
             weight.copy_(_mean(name, [state[name] for state in states]))
-    model.config.update({"reward_mean": 0.0, "reward_std": 1.0})
     averaged = ClassifierReward.from_model(
         model,
         first.tokenizer,

@@ -128,6 +128,16 @@ def test_training_sees_the_bonus_and_evaluation_does_not():
         assemble(dataclasses.replace(config, reward="vader"))
 
 
+def test_the_bonus_of_training_is_added_to_the_ensembles_own(tmp_path):
+    """A cautious ensemble, explored: −1 + 0.5 deviations are training's, −1 those of evaluation."""
+    recipe = tmp_path / "cautious.yaml"
+    recipe.write_text(f"kind: lower_bound\nk: 1.0\nmembers: ['{__name__}:long', vader]\n", encoding="utf-8")
+    parts = assemble(
+        TrainConfig(policy=str(ASSETS / "reference"), prompts="builtin:reviews", reward=str(recipe), bonus=0.5)
+    )
+    assert (parts.envs.task.reward_model.bonus, parts.eval_envs.task.reward_model.bonus) == (-0.5, -1)  # type: ignore[union-attr]
+
+
 class Process:
     def score_tokens(self, prompts, responses):
         return [[1.0] * len(r) for r in responses]
