@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_env.errors import ConfigError, RewardError
+from rlhf_env.reward_models.normalise import moments
 
 
 class ClassifierReward:
@@ -128,17 +129,7 @@ class ClassifierReward:
         Of a reference's responses, so that β means the same for every reward model (Ziegler et al. 2019, arXiv
         1909.08593, §2).
         """
-        if len(responses) < 2:
-            raise RewardError(f"a score is normalised on at least 2 responses, not on {len(responses)}")
-        logits = self.logits(prompts, responses)
-        if broken := np.flatnonzero(~np.isfinite(logits)).tolist():
-            raise RewardError(f"the logit of response {broken[0]} is {logits[broken[0]]}: nothing can be normalised")
-        mean, std = float(logits.mean()), float(logits.std())
-        if std <= 1e-6 * max(1.0, abs(mean)):  # what rounding alone can cause
-            raise RewardError(
-                f"all {len(logits)} responses have the same logit, {mean:.6g}, so no scale gives them variance 1: "
-                "normalise on responses that differ, or train the reward model longer"
-            )
+        mean, std = moments(self.logits(prompts, responses), "logit")
         self.model.config.update({"reward_mean": mean, "reward_std": std})
         return mean, std
 

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 
 from rlhf_env.errors import ConfigError
+from rlhf_env.http import is_url
 from rlhf_env.types import RewardModel
+
+SUFFIXES = (".yaml", ".yml", ".json")  # of recipes
 
 _BUILT_IN = ("vader",)
 
@@ -23,13 +26,28 @@ def load_reward(spec: str, *, device: torch.device | str = "cpu") -> RewardModel
 
     "vader"; "package.module:name" of a function, an object with `score`, or a class made without arguments (the
     current directory is importable); the folder of a Hugging Face sequence classifier, "folder:label" where it has
-    several labels; or several of these with commas between them, an ensemble. `device` is where classifiers run.
+    several labels; the URL of a reward server; a recipe, FILE.yaml, of several of these; or several with commas between
+    them, the mean ensemble. `device` is where classifiers run.
     """
+    return _load(spec, device, ())
+
+
+def _load(spec: str, device: torch.device | str, inside: tuple[Path, ...]) -> Any:
+    """The reward of `spec`, a text in the recipes `inside`."""
+    if spec.endswith(SUFFIXES) and Path(spec).is_file():
+        from rlhf_env.reward_models.recipe import load_recipe
+
+        if (file := Path(spec).resolve()) in inside:
+            raise ConfigError(f"the recipe {spec!r} contains itself")
+        return load_recipe(spec, lambda member: _load(member, device, (*inside, file)))
     if "," in spec and not Path(spec).exists():
         from rlhf_env.reward_models.ensemble import Ensemble
 
-        members = [load_reward(member.strip(), device=device) for member in spec.split(",")]
-        return Ensemble(members)  # type: ignore[return-value]  (its parts are a mapping, which is as good as an array)
+        return Ensemble([_load(member.strip(), device, inside) for member in spec.split(",")])
+    if is_url(spec):
+        from rlhf_env.reward_models.remote import RemoteReward
+
+        return RemoteReward(spec)
     if spec == "vader":
         from rlhf_env.reward_models.vader import VaderReward
 
@@ -40,6 +58,8 @@ def load_reward(spec: str, *, device: torch.device | str = "cpu") -> RewardModel
             from rlhf_env.reward_models.classifier import ClassifierReward
 
             return ClassifierReward(folder, label=label, device=device)
+    if spec.endswith(SUFFIXES):
+        raise ConfigError(f"there is no file {spec!r}, by its name a recipe of a reward")
     if spec and Path(spec).is_dir():
         raise ConfigError(f"the folder {spec!r} holds no config.json, so it is not a saved sequence classifier")
     if head and tail:
@@ -48,7 +68,8 @@ def load_reward(spec: str, *, device: torch.device | str = "cpu") -> RewardModel
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ConfigError(
         f"unknown reward model {spec!r}.{hint} Known are {', '.join(map(repr, _BUILT_IN))}, 'module:function', "
-        "'module:Class', the folder of a sequence classifier, and several of them with commas between"
+        "'module:Class', the folder of a sequence classifier, the URL of a reward server, a recipe FILE.yaml, and "
+        "several of them with commas between"
     )
 
 

@@ -33,6 +33,24 @@ def is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
+def require_url(url: str, *, key: str = API_KEY) -> SplitResult:
+    """The parts of a URL that can be asked; `ConfigError` for any other, and for one with a secret in it."""
+    try:
+        address = urlsplit(url)
+        address.port  # noqa: B018 (it raises where the port is no number)
+    except ValueError as error:
+        raise ConfigError(f"the URL {url!r} cannot be read: {error}") from None
+    if "@" in address.netloc or address.query or address.fragment:
+        # Not shown: what stands there may be a password.
+        raise ConfigError(
+            f"the URL of {address.hostname!r} must have no user, query or fragment: settings and messages show a URL, "
+            f"so a secret belongs in the environment variable {key}"
+        )
+    if not is_url(url) or not address.hostname or not url.isascii() or not url.isprintable() or " " in url:
+        raise ConfigError(f"{url!r} is no http:// or https:// URL in ASCII")
+    return address
+
+
 def post_json(url: str, body: Any, config: HTTPConfig | None = None, *, key: str = API_KEY) -> Any:
     """POST `body` as JSON to `url`; the JSON that the server answers with.
 
@@ -44,7 +62,7 @@ def post_json(url: str, body: Any, config: HTTPConfig | None = None, *, key: str
     URL or token that cannot be used.
     """
     config = config or HTTPConfig()
-    address, headers = _address(url), _headers(key)
+    address, headers = require_url(url, key=key), _headers(key)
     payload = json.dumps(body, allow_nan=False).encode()
     deadline, wait = time.monotonic() + config.timeout, config.first_wait
     for attempt in range(1, config.attempts + 1):
@@ -182,23 +200,6 @@ def _attempt(
         return response.status, _seconds(response.headers.get("Retry-After")), data
     finally:
         connection.close()
-
-
-def _address(url: str) -> SplitResult:
-    try:
-        address = urlsplit(url)
-        address.port  # noqa: B018 (it raises where the port is no number)
-    except ValueError as error:
-        raise ConfigError(f"the URL {url!r} cannot be read: {error}") from None
-    if "@" in address.netloc or address.query or address.fragment:
-        # Not shown: what stands there may be a password.
-        raise ConfigError(
-            f"the URL of {address.hostname!r} must have no user, query or fragment: settings and messages show a URL, "
-            f"so a secret belongs in the environment variable {API_KEY}"
-        )
-    if not is_url(url) or not address.hostname or not url.isascii() or not url.isprintable() or " " in url:
-        raise ConfigError(f"{url!r} is no http:// or https:// URL in ASCII")
-    return address
 
 
 def _headers(key: str) -> dict[str, str]:

@@ -59,6 +59,16 @@ PAGE = "tests/report/test_page.py"
 RUN = "tests/training/test_run.py"
 RESUME = "tests/training/test_resume.py"
 INTERRUPTION = "tests/training/test_interruption.py"
+ENSEMBLE = "tests/reward_models/test_ensemble.py"
+NORMALISE = "tests/reward_models/test_normalise.py"
+RULES = "tests/reward_models/test_rules.py"
+SAFETY_FIRST = "tests/reward_models/test_safety_first.py"
+CACHE = "tests/reward_models/test_cache.py"
+AVERAGED = "tests/reward_models/test_averaged.py"
+REMOTE_REWARD = "tests/reward_models/test_remote.py"
+SERVE = "tests/reward_models/test_serve.py"
+RECIPE = "tests/reward_models/test_recipe.py"
+REWARD_LOST = "tests/training/test_reward_lost.py"
 
 
 @dataclass(frozen=True)
@@ -1958,8 +1968,8 @@ MUTATIONS = [
     Mutation(
         "an interrupted run forgets the update that it waited for",
         "rlhf_env/training/run.py",
-        "            if saved != spent.updates:\n                _save(run, agent, parts, spent)\n            raise",
-        "            raise",
+        "there is time to save\n                save()\n",
+        "there is no time\n",
         f"{RESUME}::test_a_resumed_run_is_the_one_that_was_not_interrupted[ppo]",
     ),
     Mutation(
@@ -1982,5 +1992,180 @@ MUTATIONS = [
         "prompt(int(named[1]))",
         "prompt(0)",
         "tests/training/test_non_finite.py::test_the_step_is_refused_and_its_sample_named",
+    ),
+    Mutation(
+        "the worst case of an ensemble is its best",
+        "reward_models/ensemble.py",
+        "return scores.min(0)",
+        "return scores.max(0)",
+        f"{ENSEMBLE}::test_worst_case_and_quantiles_by_hand",
+    ),
+    Mutation(
+        "exploration takes away the caution of an ensemble",
+        "rlhf_env/training/assemble.py",
+        "bonus=reward.bonus + bonus",
+        "bonus=bonus",
+        f"{ENSEMBLE}::test_the_bonus_of_training_is_added_to_the_ensembles_own",
+    ),
+    Mutation(
+        "a batch is normalised by its own moments",
+        "reward_models/normalise.py",
+        "- self.mean) / self.std",
+        "- scores_of(self.reward, prompts, responses).mean()) / self.std",
+        NORMALISE,
+    ),
+    Mutation(
+        "a broken rule is rewarded",
+        "reward_models/rules.py",
+        "= -rule.weight * broken",
+        "= rule.weight * broken",
+        RULES,
+    ),
+    Mutation(
+        "the threshold of safety is taken for a logit",
+        "reward_models/safety_first.py",
+        "math.log(self.threshold / (1 - self.threshold))",
+        "self.threshold",
+        SAFETY_FIRST,
+    ),
+    Mutation(
+        "safety is judged by a normalised score",
+        "reward_models/safety_first.py",
+        'getattr(model, "logits", model)',
+        "model",
+        SAFETY_FIRST,
+    ),
+    Mutation(
+        "a cache runs prompt and response together",
+        "reward_models/cache.py",
+        "len(first).to_bytes(8) + first",
+        "first",
+        CACHE,
+    ),
+    Mutation(
+        "a cache forgets what was wanted last",
+        "reward_models/cache.py",
+        "self._known.popitem(last=False)",
+        "self._known.popitem(last=True)",
+        CACHE,
+    ),
+    Mutation(
+        "averaged weights keep a normaliser of one member",
+        "reward_models/averaged.py",
+        "if responses is None and any(",
+        "if responses is None and not any(",
+        AVERAGED,
+    ),
+    Mutation(
+        "weights of unlike models are averaged",
+        "reward_models/averaged.py",
+        "if differs := _differences(first, other):",
+        'if differs := "":',
+        AVERAGED,
+    ),
+    Mutation(
+        "the answer to another request is believed",
+        "reward_models/remote.py",
+        'if answer["id"] != name:',
+        "if False:",
+        REMOTE_REWARD,
+    ),
+    Mutation(
+        "as many scores as a server likes are taken",
+        "reward_models/remote.py",
+        "or len(scores) != count:",
+        "or False:",
+        REMOTE_REWARD,
+    ),
+    Mutation(
+        "an infinite score is taken from a server",
+        "reward_models/remote.py",
+        "if not math.isfinite(number):",
+        "if False:",
+        REMOTE_REWARD,
+    ),
+    Mutation(
+        "true is a score",
+        "reward_models/remote.py",
+        "isinstance(value, bool) or not",
+        "not",
+        REMOTE_REWARD,
+    ),
+    Mutation(
+        "the token for models goes to the reward server",
+        "reward_models/remote.py",
+        "            key=REWARD_KEY,\n",
+        "",
+        REMOTE_REWARD,
+    ),
+    Mutation(
+        "a reward server believes any token",
+        "reward_models/serve.py",
+        "return hmac.compare_digest(given, self._token)",
+        "return True",
+        SERVE,
+    ),
+    Mutation(
+        "everybody is served without a token",
+        "reward_models/serve.py",
+        "if not token and not _only_here(host):",
+        "if False:",
+        f"{SERVE}::test_others_are_served_only_with_a_token",
+    ),
+    Mutation(
+        "a page in a browser asks the reward server",
+        "reward_models/serve.py",
+        'if self.headers.get_content_type() != "application/json":',
+        "if False:",
+        f"{SERVE}::test_what_is_no_request_is_refused_in_json",
+    ),
+    Mutation(
+        "requests ask a reward model together",
+        "reward_models/serve.py",
+        "            with self._model:\n",
+        "            if True:\n",
+        f"{SERVE}::test_the_model_is_asked_by_one_request_at_a_time",
+    ),
+    Mutation(
+        "a recipe may contain itself",
+        "reward_models/load.py",
+        "if (file := Path(spec).resolve()) in inside:",
+        "if (file := Path(spec).resolve()) in ():",
+        f"{RECIPE}::test_a_recipe_that_contains_itself_is_refused",
+    ),
+    Mutation(
+        "a run without a reward forgets what it has learned",
+        "rlhf_env/training/run.py",
+        "sampling may have moved β\n        save()\n",
+        "sampling may have moved β\n",
+        f"{REWARD_LOST}::test_whenever_it_is_missing_the_last_update_is_kept[second rollout]",
+    ),
+    Mutation(
+        "what a half sampled batch did to β is kept",
+        "rlhf_env/training/run.py",
+        '            "beta": standing.beta,',
+        '            "beta": parts.envs.core.beta_state(),',
+        f"{REWARD_LOST}::test_whatever_the_agent_asks_for[remax-6-1]",
+    ),
+    Mutation(
+        "an evaluation that found no reward is left out when the run goes on",
+        "rlhf_env/training/run.py",
+        "chain([unmeasured] if unmeasured else [], rows)",
+        "chain([], rows)",
+        f"{REWARD_LOST}::test_whenever_it_is_missing_the_last_update_is_kept[policy in an evaluation]",
+    ),
+    Mutation(
+        "a row that was measured late is written twice",
+        "rlhf_env/training/run.py",
+        "run.truncate_metrics(spent.updates - (unmeasured is not None))",
+        "run.truncate_metrics(spent.updates)",
+        f"{REWARD_LOST}::test_it_may_be_missing_again_and_again",
+    ),
+    Mutation(
+        "half an update is kept",
+        "rlhf_env/training/loop.py",
+        "    except (RewardError, RemoteError) as error:\n        raise RLHFEnvError(",
+        "    except ZeroDivisionError as error:\n        raise RLHFEnvError(",
+        f"{REWARD_LOST}::test_half_an_update_is_not_kept",
     ),
 ]

@@ -1,4 +1,4 @@
-"""A server of completions for tests: any function of a request behind a real socket, and one that a model answers."""
+"""Servers for tests: any function of a request behind a real socket, one that a model answers, one with scores."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Served:
 
 
 class _Server(ThreadingTCPServer):  # an HTTPServer would ask for its own name first
-    daemon_threads, block_on_close, request_queue_size = True, False, 128
+    daemon_threads, block_on_close, request_queue_size, allow_reuse_address = True, False, 128, True
 
 
 Handler = Callable[[BaseHTTPRequestHandler, Any, int], None]
 
 
 @contextmanager
-def serving(handle: Handler) -> Iterator[Served]:
-    """A server that calls `handle(connection, body, n)` for the n-th request, from 0."""
+def serving(handle: Handler, port: int = 0) -> Iterator[Served]:
+    """A server that calls `handle(connection, body, n)` for the n-th request, from 0; at a free port, or at this."""
     lock, under_way = threading.Lock(), 0
 
     class Connection(BaseHTTPRequestHandler):
@@ -67,7 +67,7 @@ def serving(handle: Handler) -> Iterator[Served]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = _Server(("127.0.0.1", 0), Connection)
+    server = _Server(("127.0.0.1", port), Connection)
     served = Served(f"http://127.0.0.1:{server.server_address[1]}/v1")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -130,3 +130,12 @@ def serving_model(
 
     with serving(handle) as served:
         yield served
+
+
+def scoring(score: Callable[[list[str], list[str]], Any]) -> Handler:
+    """What a reward server does that works."""
+
+    def handle(connection: BaseHTTPRequestHandler, body: Any, _: int) -> None:
+        reply(connection, {"id": body["id"], "scores": score(body["prompts"], body["responses"])})
+
+    return handle

@@ -41,6 +41,7 @@ COMMANDS = {
     "generate": GenerateConfig,
     "grid": GridConfig,
     "inspect": None,
+    "serve-reward": None,
     "preferences": None,
     "preferences stats": None,
     "preferences convert": None,

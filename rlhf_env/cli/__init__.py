@@ -14,6 +14,7 @@ from rlhf_env.cli.measure import MORE_TO_EVALUATE, MORE_TO_GENERATE, evaluate, g
 from rlhf_env.cli.pipeline import MORE_TO_PIPELINE, inspect, pipeline
 from rlhf_env.cli.preferences import preferences
 from rlhf_env.cli.reward_eval import MORE_TO_REWARD_EVAL, reward_eval
+from rlhf_env.cli.serve import serve_reward
 from rlhf_env.cli.stages import MORE_TO_PREFER, MORE_TO_REWARD, MORE_TO_SFT, prefer, reward, sft
 from rlhf_env.cli.train import MORE_TO_TRAIN, train
 from rlhf_env.errors import ConfigError, RLHFEnvError
@@ -38,6 +39,7 @@ app.command(epilog=MORE_TO_EVALUATE)(evaluate)
 app.command(epilog=MORE_TO_GENERATE)(generate)
 app.command(epilog=MORE_TO_GRID)(grid)
 app.command()(inspect)
+app.command("serve-reward")(serve_reward)
 app.add_typer(preferences)
 app.add_typer(worlds, name="worlds")
 for _command in (agents, doctor):

@@ -13,7 +13,7 @@ import typer
 
 from rlhf_env.cli import settings as cli
 from rlhf_env.cli.train import watch_training
-from rlhf_env.errors import ConfigError
+from rlhf_env.errors import ConfigError, RemoteError, RewardError
 from rlhf_env.training.config import PipelineConfig, TrainConfig, parse_seeds
 from rlhf_env.training.interruption import exit_code
 
@@ -70,6 +70,8 @@ def run_and_print(config: PipelineConfig, out: Path, seeds: str | None = None, u
     except KeyboardInterrupt as error:
         print("interrupted; the same command continues it", file=sys.stderr)
         raise typer.Exit(exit_code(error)) from None
+    except (RewardError, RemoteError) as error:
+        raise type(error)(f"{error}; the same command continues it") from error
 
 
 def _run(config: PipelineConfig, out: Path, seeds: str | None, until: str | None) -> None:

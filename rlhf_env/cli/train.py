@@ -13,7 +13,7 @@ import typer
 
 from rlhf_env import processes
 from rlhf_env.cli import settings as cli
-from rlhf_env.errors import ConfigError
+from rlhf_env.errors import ConfigError, RemoteError, RewardError
 from rlhf_env.training.config import BUDGETS, TrainConfig
 from rlhf_env.training.interruption import exit_code, postponed_signals
 
@@ -24,6 +24,7 @@ _FLAGS = {
     **{name: f"env.{name}" for name in ("beta", "target_kl", "max_new_tokens", "temperature", "chat_template")},
 }
 MORE_TO_TRAIN = cli.rest_of(_DOC, _FLAGS) + "\n\n`rlhf-env agents NAME` lists an agent's own settings."
+_NOTHING_YET = "interrupted before there was anything to keep"
 _SHOWN = ("score", "gold", "kl", "kl_bound", "win_rate", "length", "eos_rate", "distinct_1", "distinct_2")
 
 
@@ -90,23 +91,28 @@ def train(
         except KeyboardInterrupt as error:
             if not Run(out).finished:
                 if leads:
-                    print(_how_to_go_on(settings, out, count), file=sys.stderr)
+                    how = _how_to_go_on(settings, out, count)
+                    print(f"interrupted; {how}" if how else _NOTHING_YET, file=sys.stderr)
                 raise typer.Exit(exit_code(error)) from None
             summary = Run(out).summary  # the signal came too late to end anything
             write_report(out)
+        except (RewardError, RemoteError) as error:
+            how = _how_to_go_on(settings, out, count)
+            raise type(error)(f"{error}; {how}" if how else str(error)) from error
     if leads:
         print_summary(summary, out)
 
 
-def _how_to_go_on(config: TrainConfig, out: Path, count: int) -> str:
+def _how_to_go_on(config: TrainConfig, out: Path, count: int) -> str | None:
+    """What continues the run in `out`; None where there is none yet."""
     from rlhf_env.training.agents import is_sb3
 
     if is_sb3(config.agent):
-        return f"interrupted; runs of {config.agent} cannot be resumed, only begun anew"
-    if (out / "config.yaml").is_file():
-        start = "rlhf-env" if count == 1 else f"torchrun --nproc-per-node {count} -m rlhf_env"
-        return f"interrupted; to continue: {start} train --resume --out {shlex.quote(str(out))}"
-    return "interrupted before there was anything to keep"
+        return f"runs of {config.agent} cannot be resumed, only begun anew"
+    if not (out / "config.yaml").is_file():
+        return None
+    start = "rlhf-env" if count == 1 else f"torchrun --nproc-per-node {count} -m rlhf_env"
+    return f"to continue: {start} train --resume --out {shlex.quote(str(out))}"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlhf_env.errors import RewardError
+from rlhf_env.errors import ConfigError, RewardError
 from rlhf_env.records.safe_text import safe_text
 from rlhf_env.text.codec import Codec
 from rlhf_env.types import ProcessRewardModel, RewardModel
@@ -36,6 +36,12 @@ def scores_of(
 def scores_tokens(reward_model: Any) -> bool:
     """Whether `reward_model` is a `ProcessRewardModel`."""
     return callable(getattr(reward_model, "score_tokens", None))
+
+
+def require_whole(what: str, *reward_models: Any) -> None:
+    """Refuse to make `what` of a model that scores tokens: nobody says what becomes of them."""
+    if any(map(scores_tokens, reward_models)):
+        raise ConfigError(f"the members of {what} score whole responses, and one of these scores tokens")
 
 
 def judge(

@@ -88,7 +88,7 @@ def _with_bonus(reward: Any, bonus: float) -> Any:
         return reward
     if not isinstance(reward, Ensemble):
         raise ConfigError("bonus is for the disagreement of several rewards: name them with commas, --reward A,B,C")
-    return dataclasses.replace(reward, bonus=bonus)
+    return dataclasses.replace(reward, bonus=reward.bonus + bonus)
 
 
 def split_prompts(prompts: Sequence[str], seed: int, share: float = 0.1) -> tuple[list[str], list[str]]:

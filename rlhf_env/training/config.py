@@ -155,7 +155,7 @@ class TrainConfig:
 
     policy: str  #: folder or hub name of the language model to train
     prompts: str  #: file of prompts, .txt (one per line) or .jsonl (key "prompt")
-    reward: str  #: what scores responses: "vader", "module:function", the folder of a classifier, or several, A,B,C
+    reward: str  #: what scores responses: "vader", "module:function", a classifier's folder, recipe.yaml, URL, or A,B,C
     agent: str = "ppo"  #: a name that `rlhf-env agents` lists, any other "sb3:NAME", or your "module:Class"
     data: str | None = None  #: what an agent that samples nothing learns from: comparisons, or ilql's logged responses
     too_long: Literal["error", "drop"] = "error"  #: what to do with responses of the data beyond the length limit
@@ -209,7 +209,7 @@ class EvaluateConfig:
 
     policy: str  #: folder or hub name of the model to evaluate, e.g. a run's model/, or a server's http://HOST:PORT/v1
     prompts: str  #: file of prompts, .txt (one per line) or .jsonl (key "prompt")
-    reward: str  #: what scores responses: "vader", "module:function", the folder of a classifier, or several, A,B,C
+    reward: str  #: what scores responses: "vader", "module:function", a classifier's folder, recipe.yaml, URL, or A,B,C
     reference: str | None = None  #: the model to measure KL and win rate against; none: neither is measured
     gold: str | None = None  #: the true reward of a synthetic experiment
     text: str | None = None  #: file of text to measure the perplexity on

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_env import processes
 from rlhf_env.envs.binding import find_cores
 from rlhf_env.envs.rewards import scores_of
 from rlhf_env.envs.task import ScoreFn, TextTask
@@ -229,6 +230,7 @@ def _rows(
         )
     ]
     if gold is not None:
-        for row, value in zip(rows, scores_of(gold, list(prompts), texts).tolist(), strict=True):
+        true = processes.agreed(lambda: scores_of(gold, list(prompts), texts))
+        for row, value in zip(rows, true.tolist(), strict=True):
             row["gold"] = value
     return rows

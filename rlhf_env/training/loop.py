@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf_env.envs.binding import find_cores
-from rlhf_env.errors import ConfigError
+from rlhf_env.errors import ConfigError, RemoteError, RewardError, RLHFEnvError
 from rlhf_env.functional import kl_k2, kl_k3, masked_sum
 from rlhf_env.training.collect import collect
 from rlhf_env.types import Agent, Policy, Rollout
@@ -51,7 +51,7 @@ def train(
         began = time.perf_counter()
         rollouts = next_rollouts(agent, envs, seed, spent.episodes)
         sampled = time.perf_counter()
-        metrics = agent.update(*rollouts, progress=used / budget)
+        metrics = _updated(agent, rollouts, used / budget)
         now = time.perf_counter()
         spent = Spent(
             updates=spent.updates + 1,
@@ -69,6 +69,14 @@ def train(
             "seconds": now - began,
             "seconds_sampling": sampled - began,
         }
+
+
+def _updated(agent: Agent, rollouts: tuple[Rollout, ...], progress: float) -> dict[str, float]:
+    """One update. A reward that an agent misses in its middle leaves half of one, which no run can go on from."""
+    try:
+        return agent.update(*rollouts, progress=progress)
+    except (RewardError, RemoteError) as error:
+        raise RLHFEnvError(f"{type(agent).__name__} broke off its update: {error}") from error
 
 
 def next_rollouts(agent: Agent, envs: Any, seed: int, start: int) -> tuple[Rollout, ...]:

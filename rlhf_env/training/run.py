@@ -8,14 +8,17 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_env import processes
-from rlhf_env.errors import ConfigError, NonFiniteError
+from rlhf_env.errors import ConfigError, NonFiniteError, RemoteError, RewardError
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.sharding import is_spread, load_whole, whole_state
 from rlhf_env.preferences.comparisons import read_comparisons
@@ -62,8 +65,9 @@ def run_training(
 
     Returns what summary.json says; `out`/model is the trained policy. `on_update` is shown each row of metrics.jsonl
     once it and, where one is due, its checkpoint are written; where it raises `Interrupted`, a checkpoint is written
-    first. With `resume` the run in `out` continues from its newest complete checkpoint and becomes, bit for bit, the
-    run that was never interrupted.
+    first, and so it is where there is no reward: nothing is learned without one, and the `RewardError` or `RemoteError`
+    ends the run. With `resume` the run in `out` continues from its newest complete checkpoint and becomes, bit for bit,
+    the run that was never interrupted.
 
     Where several `processes` work together, the first of them writes the folder, which all must be able to read when a
     run is resumed, and shows the rows; the others return {}.
@@ -104,7 +108,7 @@ def run_training(
             tell(row)
         return row
 
-    tokens, updating, best_of, spent = 0, 0.0, 1, Spent()
+    tokens, updating, best_of, spent, unmeasured = 0, 0.0, 1, Spent(), None
     before = measure(parts.policy)
     if sb3:
         from rlhf_env.training.sb3 import make_sb3, train_sb3  # a second of imports that ours do not need
@@ -119,12 +123,14 @@ def run_training(
         agent = cls(parts.policy, agent_config(cls, config.settings), seed=config.seed)
         # From here on there is something to keep.
         run = processes.in_first(lambda: Run.open(out) if resume else Run.create(out, to_dict(config)))
-        spent = _restore(config, run, agent, parts) if resume else spent
+        if resume:
+            spent, unmeasured = _restore(config, run, agent, parts)
         tokens, best_of = spent.tokens, getattr(agent, "best_of", 1)
+        updating -= unmeasured["seconds"] if unmeasured else 0.0  # which passed before it was resumed
         log_to = config.log_to if leads else ()
         dashboards = open_dashboards(log_to, out, to_dict(config), start=spent.updates)
         with nullcontext() if resume else _no_folder_if_refused(run), dashboards as tell:
-            _train(config, agent, data, parts, spent, run, finish_row, on_update)
+            _train(config, agent, data, parts, spent, unmeasured, run, finish_row, on_update)
         policy = agent.policy
     after = measure(policy, best_of)
     write = _writer(policy, parts)
@@ -190,43 +196,68 @@ def _keep_best(run: Run, row: dict[str, Any], beta: float, write_model: Callable
     write_folder_atomic(run.best, write)
 
 
+@dataclass(frozen=True)
+class _Standing:
+    """Where a run stands between two updates, but for what its agent knows. Nothing in it changes afterwards."""
+
+    spent: Spent
+    beta: dict[str, Any]
+    random: Tensor
+
+    @classmethod
+    def of(cls, parts: Parts, spent: Spent) -> _Standing:
+        return cls(spent, parts.envs.core.beta_state(), torch.get_rng_state())
+
+
 def _train(
     config: TrainConfig,
     agent: Any,
     data: Pairs | Rollout | None,
     parts: Parts,
     spent: Spent,
+    unmeasured: dict[str, Any] | None,
     run: Run,
     finish_row: FinishRow,
     on_update: Report | None,
 ) -> None:
-    saved = spent.updates
+    standing = _Standing.of(parts, spent)
+    saved = None if unmeasured else spent.updates  # a checkpoint with a row that is not measured is to be replaced
     if data is None:
         rows = train(agent, parts.envs, **config.budget, seed=config.seed, spent=spent)
     else:
         rows = _fit(agent, data, config.updates, spent.updates)
 
     def prompt(row: int) -> str:
-        return _prompt(agent, data, parts, config.seed, spent, row)
+        return _prompt(agent, data, parts, config.seed, standing.spent, row)
+
+    def save() -> None:
+        nonlocal saved
+        if saved != standing.spent.updates:
+            _save(run, agent, parts, standing, unmeasured)
+            saved = standing.spent.updates
 
     named = _SAMPLED_EPISODE if config.agent in _CHOOSING else _EPISODE
-    for metrics in _naming_prompts(rows, prompt, named, "batch" if data is None else "data"):
-        row = finish_row(dict(metrics), lambda: agent.policy)
-        spent = Spent(row["update"], row["episodes"], row["tokens"], row["queries"])
-        try:
-            if config.checkpoint_every and spent.updates % config.checkpoint_every == 0:
-                _save(run, agent, parts, spent)
-                saved = spent.updates
-            if on_update is not None:
-                on_update(row)
-        except InterruptedAgain:
-            raise
-        except Interrupted:  # which nothing but a second signal follows: there is time to save
-            if saved != spent.updates:
-                _save(run, agent, parts, spent)
-            raise
-    if saved != spent.updates:
-        _save(run, agent, parts, spent)
+    rows = _naming_prompts(rows, prompt, named, "batch" if data is None else "data")
+    try:
+        for metrics in chain([unmeasured] if unmeasured else [], rows):
+            row = unmeasured = dict(metrics)
+            standing = _Standing.of(parts, Spent(row["update"], row["episodes"], row["tokens"], row["queries"]))
+            finish_row(row, lambda: agent.policy)
+            standing, unmeasured = _Standing.of(parts, standing.spent), None
+            try:
+                if config.checkpoint_every and row["update"] % config.checkpoint_every == 0:
+                    save()
+                if on_update is not None:
+                    on_update(row)
+            except InterruptedAgain:
+                raise
+            except Interrupted:  # which nothing but a second signal follows: there is time to save
+                save()
+                raise
+    except (RewardError, RemoteError):  # nothing was learned since, but sampling may have moved β
+        save()
+        raise
+    save()
 
 
 def _fit(agent: OfflineAgent, data: Pairs | Rollout, updates: int | None, start: int) -> Iterator[dict[str, float]]:
@@ -261,22 +292,35 @@ def _prompt(agent: Any, data: Pairs | Rollout | None, parts: Parts, seed: int, s
     return task.codec.decode(rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist())
 
 
-def _save(run: Run, agent: Agent | OfflineAgent, parts: Parts, spent: Spent) -> None:
+def _save(
+    run: Run, agent: Agent | OfflineAgent, parts: Parts, standing: _Standing, unmeasured: dict[str, Any] | None
+) -> None:
+    """A checkpoint; `unmeasured` is the last update's row of metrics, where its evaluation is still to be made."""
     write, (tensors, tree) = _writer(parts.policy, parts), flatten_state(agent.state_dict())
     if processes.rank() > 0:
         return
     save_checkpoint(
         run.checkpoints,
-        spent.updates,
-        tensors={"agent": tensors, "random": {"cpu": torch.get_rng_state()}},
-        state={"agent": tree, "spent": dataclasses.asdict(spent), "beta": parts.envs.core.beta_state()},
+        standing.spent.updates,
+        tensors={"agent": tensors, "random": {"cpu": standing.random}},
+        state={
+            "agent": tree,
+            "spent": dataclasses.asdict(standing.spent),
+            "beta": standing.beta,
+            "unmeasured": unmeasured,
+        },
         write_model=write,
     )
 
 
-def _restore(config: TrainConfig, run: Run, agent: Agent | OfflineAgent, parts: Parts) -> Spent:
-    """Put policy, agent, β and random state back as the newest checkpoint has them; rows logged since are dropped."""
-    path, spent = processes.in_first(lambda: _newest(run)), Spent()
+def _restore(
+    config: TrainConfig, run: Run, agent: Agent | OfflineAgent, parts: Parts
+) -> tuple[Spent, dict[str, Any] | None]:
+    """Put policy, agent, β and random state back as the newest checkpoint has them; rows logged since are dropped.
+
+    Returns what was spent, and the last update's row where it is still to be measured.
+    """
+    path, spent, unmeasured = processes.in_first(lambda: _newest(run)), Spent(), None
     if path is not None:
         checkpoint = load_checkpoint(path)
         trained = CausalLM.from_pretrained(path / "model", device=config.device, dtype=config.dtype)
@@ -284,10 +328,10 @@ def _restore(config: TrainConfig, run: Run, agent: Agent | OfflineAgent, parts: 
         agent.load_state_dict(unflatten_state(checkpoint.tensors.get("agent", {}), checkpoint.state["agent"]))
         torch.set_rng_state(checkpoint.tensors["random"]["cpu"])
         parts.envs.core.load_beta_state(checkpoint.state["beta"])
-        spent = Spent(**checkpoint.state["spent"])
+        spent, unmeasured = Spent(**checkpoint.state["spent"]), checkpoint.state.get("unmeasured")
     if processes.rank() == 0:
-        run.truncate_metrics(spent.updates)
-    return spent
+        run.truncate_metrics(spent.updates - (unmeasured is not None))
+    return spent, unmeasured
 
 
 def _newest(run: Run) -> Path | None:

@@ -122,6 +122,19 @@ def test_a_label_is_chosen_by_name_or_number(tmp_path):
         ClassifierReward(tmp_path, label=3)
 
 
+def test_of_labels_that_may_hold_together_each_has_its_logit(tmp_path):
+    model = save(tmp_path, "bert", labels=3)
+    model.config.problem_type = "multi_label_classification"
+    model.save_pretrained(tmp_path)
+    for label in range(3):
+        reward = ClassifierReward(tmp_path, label=f"LABEL_{label}")
+        np.testing.assert_allclose(reward.score([""] * 6, TEXTS), [alone(model, t, label) for t in TEXTS], atol=1e-5)
+        mean, std = reward.normalize_on([""] * 6, TEXTS)
+        reward.save_pretrained(tmp_path / "saved")
+        again = ClassifierReward(tmp_path / "saved", label=label)
+        assert (again.mean, again.std) == (mean, std) and again.score([""] * 6, TEXTS).mean() == pytest.approx(0)
+
+
 def test_what_is_too_long_loses_its_beginning_and_keeps_its_special_tokens(tmp_path):
     tokenizer = byte_tokenizer()
     model = save(tmp_path, tokenizer=tokenizer)
