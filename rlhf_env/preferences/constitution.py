@@ -115,11 +115,14 @@ def critique_and_revise(
     *,
     rounds: int = 1,
     seed: int = 0,
+    critique_template: str = CRITIQUE_TEMPLATE,
+    revision_template: str = REVISION_TEMPLATE,
 ) -> list[Revised]:
     """Each response criticised and rewritten `rounds` times, each time by a principle drawn anew, with replacement.
 
     The principle of response i in round n depends on (seed, i, n) alone. The model is asked for all critiques of a
-    round in one call, then for all revisions; white space around its texts is left out.
+    round in one call, then for all revisions. White space around its texts is left out; a revision begins with that of
+    the response, which may be what stands between prompt and response.
     """
     if rounds < 1 or not principles or len(prompts) != len(responses):
         raise ConfigError(
@@ -130,9 +133,10 @@ def critique_and_revise(
     for n in range(rounds):
         drawn = [_draw(principles, seed, i, n) for i in range(len(responses))]
         about = [{"prompt": prompt, "response": text} for prompt, text in zip(prompts, current, strict=True)]
-        critiques = _asked(generate, CRITIQUE_TEMPLATE, about, [p.critique_request for p in drawn])
+        critiques = _asked(generate, critique_template, about, [p.critique_request for p in drawn])
         about = [{**texts, "critique": critique} for texts, critique in zip(about, critiques, strict=True)]
-        current = _asked(generate, REVISION_TEMPLATE, about, [p.revision_request for p in drawn])
+        revisions = _asked(generate, revision_template, about, [p.revision_request for p in drawn])
+        current = [_lead(response) + text for response, text in zip(responses, revisions, strict=True)]
         done = [Step(p.principle, c, r) for p, c, r in zip(drawn, critiques, current, strict=True)]
         steps = [(*before, step) for before, step in zip(steps, done, strict=True)]
     return [Revised(*row) for row in zip(prompts, responses, steps, strict=True)]
@@ -177,6 +181,10 @@ def principle_judges(
 
 def _draw(principles: Sequence[Principle], seed: int, i: int, n: int) -> Principle:
     return principles[int(np.random.default_rng([seed, i, n, _PRINCIPLE_STREAM]).integers(len(principles)))]
+
+
+def _lead(text: str) -> str:
+    return text[: len(text) - len(text.lstrip())]
 
 
 def _asked(generate: Generate, template: str, about: Sequence[dict[str, str]], requests: Sequence[str]) -> list[str]:

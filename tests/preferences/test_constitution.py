@@ -54,6 +54,12 @@ def test_a_further_round_revises_the_revision():
     assert "Rewrite the response so that it follows this principle: Be polite." in scribe.asked[3][0]
 
 
+def test_a_revision_begins_as_the_response_does():
+    for response, lead in [(" x", " "), ("\n\nx ", "\n\n"), ("x", ""), (" ", " ")]:
+        (revised,) = critique_and_revise(Scribe(), ["p"], [response], [POLITE], rounds=2)
+        assert revised.revision == f"{lead}text 4.0"
+
+
 def test_principles_are_drawn_by_seed_response_and_round_alone():
     def drawn(count, **settings):
         texts = [str(i) for i in range(count)]
