@@ -30,8 +30,8 @@ class SimulatedLabeler:
     response shown in place p of K is ranked by u + first_bonus · (K − 1 − p) / (K − 1). `fatigue`: the temperature of
     query q is temperature + fatigue · q. `flip_scale`: a ranking is flipped with probability
     flip_rate · exp(−(max u − min u) / flip_scale). `tie_within`: neighbours in the ranking whose u differ by less share
-    a rank, whatever the noise; so two responses tie if and only if `|u_i − u_j| < tie_within`, and among more a chain of
-    near ones is one tie. Thresholds are of u itself, without noise and bonus.
+    a rank, whatever the noise; so two responses tie if and only if `|u_i − u_j| < tie_within`, and among more a chain
+    of near ones is one tie. Thresholds are of u itself, without noise and bonus.
     """
 
     def __init__(
