@@ -1825,7 +1825,7 @@ MUTATIONS = [
     Mutation(
         "ranks are of the order of presentation",
         "rlhf_env/training/prefer.py",
-        "answer[order.index(i)]",
+        "answer[orders[q].index(i)]",
         "answer[i]",
         PREFER,
     ),
