@@ -39,7 +39,7 @@ def simulated(count: int) -> tuple[NDArray[np.float64], list[str], NDArray[np.fl
         SimulatedLabeler(gold, config, seed=seed).rank([""] * count, pairs, range(count))
         for seed, config in enumerate(PEOPLE.values())
     ]
-    labels = np.array([[1.0 if first < second else 2.0 for first, second in column] for column in ranks]).T
+    labels = np.array([[1.0 if r and r[0] < r[1] else 2.0 for r in column] for column in ranks]).T
     truth = [math.nan if u[0] == u[1] else 1.0 + (u[1] > u[0]) for u in utilities_of(gold, [""] * count, pairs)]
     return labels, list(PEOPLE), np.array(truth)
 

@@ -27,13 +27,24 @@ class LabelerConfig:
     """How a simulated labeler errs."""
 
     temperature: float = 0.25  #: in units of gold: a difference of one temperature is seen 73 % of the time; 0: always
-    flip_rate: float = 0.0  #: share of rankings that come out upside down, whatever the difference
+    flip_rate: float = 0.0  #: share of rankings that come out upside down; ½: no information, 1: an adversary
+    flip_scale: float | None = None  #: in units of gold: so much more difference, e times fewer flips; none: as many
+    tie_within: float = 0.0  #: in units of gold: responses that differ by less are called a tie
+    skip_below: float | None = None  #: no answer where the best response has less gold than this; none: always one
+    first_bonus: float = 0.0  #: gold that what is shown first seems to have more than what is shown last
+    fatigue: float = 0.0  #: temperature gained with each query's number, in units of gold
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"the labeler's temperature must be at least 0 and finite, it is {self.temperature}")
+        for name in ("temperature", "tie_within", "fatigue"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ConfigError(f"the labeler's {name} must be at least 0 and finite, it is {value}")
         if not 0 <= self.flip_rate <= 1:
             raise ConfigError(f"the labeler's flip_rate must be between 0 and 1, it is {self.flip_rate}")
+        if self.flip_scale is not None and not 0 < self.flip_scale < math.inf:
+            raise ConfigError(f"the labeler's flip_scale must be positive and finite, it is {self.flip_scale}")
+        for name in ("skip_below", "first_bonus"):
+            if (value := getattr(self, name)) is not None and not math.isfinite(value):
+                raise ConfigError(f"the labeler's {name} must be finite, it is {value}")
 
 
 @dataclass(frozen=True)

@@ -398,15 +398,16 @@ class ProcessRewardModel(Protocol):
 
 
 class Labeler(Protocol):
-    """Ranks responses: a person, or a simulated one."""
+    """Ranks responses: a person, a simulated one, or a language model."""
 
     name: str
 
     def rank(
         self, prompts: Sequence[str], responses: Sequence[Sequence[str]], queries: Sequence[int]
-    ) -> list[tuple[int, ...]]:
+    ) -> Sequence[tuple[int, ...] | None]:
         """The `Comparison.ranks` of each query, which is a prompt with its K responses in the order they are shown.
 
+        None in place of ranks: the labeler does not answer this query. It was asked all the same, and is counted so.
         The answer to a query depends on the labeler, the texts and the query's number in `queries` alone, never on
         what else is asked in the same call.
         """

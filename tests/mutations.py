@@ -53,6 +53,10 @@ JUDGED = "tests/preferences/test_judged.py"
 DAWID_SKENE = "tests/preferences/test_dawid_skene.py"
 ARENA = "tests/preferences/test_arena.py"
 SPLITS = "tests/preferences/test_splits.py"
+UTILITIES = "tests/preferences/test_utilities.py"
+POPULATIONS = "tests/preferences/test_populations.py"
+JUDGE = "tests/preferences/test_judge.py"
+CONSTITUTION = "tests/preferences/test_constitution.py"
 PREFER = "tests/training/test_prefer.py"
 PIPELINE = "tests/training/test_pipeline.py"
 PAGE = "tests/report/test_page.py"
@@ -1698,28 +1702,154 @@ MUTATIONS = [
     Mutation(
         "labels are upside down",
         "rlhf_env/preferences/labelers.py",
-        "np.unique(noisy if flipped else -noisy,",
-        "np.unique(-noisy if flipped else noisy,",
+        "ranks.max() - ranks if flipped else ranks",
+        "ranks if flipped else ranks.max() - ranks",
         LABELERS,
     ),
     Mutation(
         "nobody errs by a flip",
         "rlhf_env/preferences/labelers.py",
-        "np.unique(noisy if flipped else -noisy,",
-        "np.unique(-noisy,",
+        "(ranks.max() - ranks if flipped else ranks)",
+        "ranks",
         LABELERS,
     ),
     Mutation(
         "the noise of a labeler has no scale",
         "rlhf_env/preferences/labelers.py",
-        "self.config.temperature * rng.gumbel(",
-        "bool(self.config.temperature) * rng.gumbel(",
+        "temperature_at(query, config) * rng.gumbel(",
+        "bool(temperature_at(query, config)) * rng.gumbel(",
         LABELERS,
+    ),
+    Mutation(
+        "a labeler's tie threshold is squared",
+        "rlhf_env/preferences/labelers.py",
+        ">= config.tie_within)  #",
+        ">= config.tie_within**2)  #",
+        f"{LABELERS}::test_two_that_differ_by_less_than_the_threshold_are_a_tie_whatever_the_noise",
+    ),
+    Mutation(
+        "a labeler's exact probability knows no ties",
+        "rlhf_env/preferences/labelers.py",
+        "np.where(np.abs(d) < config.tie_within, 0.5, ",
+        "np.where(np.abs(d) < 0, 0.5, ",
+        f"{LABELERS}::test_two_that_differ_by_less_than_the_threshold_are_a_tie_whatever_the_noise",
+    ),
+    Mutation(
+        "a labeler skips what is too good",
+        "rlhf_env/preferences/labelers.py",
+        "u.max() < config.skip_below",
+        "u.max() > config.skip_below",
+        f"{LABELERS}::test_no_answer_where_the_best_is_below_the_threshold",
+    ),
+    Mutation(
+        "a labeler skips by the worst response",
+        "rlhf_env/preferences/labelers.py",
+        "u.max() < config.skip_below",
+        "u.min() < config.skip_below",
+        f"{LABELERS}::test_no_answer_where_the_best_is_below_the_threshold",
+    ),
+    Mutation(
+        "a labeler's bonus is for the last shown",
+        "rlhf_env/preferences/labelers.py",
+        "np.linspace(1.0, 0.0, len(u))",
+        "np.linspace(0.0, 1.0, len(u))",
+        f"{LABELERS}::test_places_between_first_and_last_have_their_share_of_the_bonus",
+    ),
+    Mutation(
+        "a labeler's exact probability forgets the order shown",
+        "rlhf_env/preferences/labelers.py",
+        "logit = (d + bonus) /",
+        "logit = d /",
+        f"{LABELERS}::test_in_random_order_a_bonus_is_half_the_time_for_either",
+    ),
+    Mutation(
+        "a labeler's flips grow with the distance",
+        "rlhf_env/preferences/labelers.py",
+        "* np.exp(-rarer)",
+        "* np.exp(rarer - rarer.max())",
+        f"{LABELERS}::test_flips_of_a_ranking_depend_on_its_best_and_its_worst",
+    ),
+    Mutation(
+        "a labeler never tires",
+        "rlhf_env/preferences/labelers.py",
+        "config.temperature + config.fatigue * ",
+        "config.temperature + 0 * ",
+        f"{LABELERS}::test_a_tired_labeler_sees_less",
+    ),
+    Mutation(
+        "a labeler counts the wrong end: recency",
+        "rlhf_env/preferences/utilities.py",
+        "lambda t, length: length - 1 - t",
+        "lambda t, length: t",
+        UTILITIES,
+    ),
+    Mutation(
+        "a labeler flatters whatever is believed",
+        "rlhf_env/preferences/utilities.py",
+        "np.sign(scores_of(stance",
+        "np.abs(scores_of(stance",
+        UTILITIES,
+    ),
+    Mutation(
+        "the length bias of a labeler is linear",
+        "rlhf_env/preferences/utilities.py",
+        "np.log1p([",
+        "np.asarray([",
+        UTILITIES,
+    ),
+    Mutation(
+        "labelers of a population are asked alike, whatever their weights",
+        "rlhf_env/preferences/populations.py",
+        "(weights / weights.sum()).tolist()",
+        "(np.ones_like(weights) / len(weights)).tolist()",
+        POPULATIONS,
+    ),
+    Mutation(
+        "the judge's second verdict is not turned round",
+        "rlhf_env/preferences/judge.py",
+        "won = first if first == 1 - again else 0.5",
+        "won = first if first == again else 0.5",
+        JUDGE,
+    ),
+    Mutation(
+        "the judge's first verdict decides",
+        "rlhf_env/preferences/judge.py",
+        "won = first if first == 1 - again else 0.5",
+        "won = first",
+        JUDGE,
+    ),
+    Mutation(
+        "the judge believes the first of several verdicts",
+        "rlhf_env/preferences/judge.py",
+        "if len(found) == 1 else None",
+        "if found else None",
+        JUDGE,
+    ),
+    Mutation(
+        "the judge's fence can be closed by a response",
+        "rlhf_env/preferences/judge.py",
+        "max(3, longest + 1)",
+        "3",
+        JUDGE,
+    ),
+    Mutation(
+        "the judge's letter is worth something",
+        "rlhf_env/preferences/judge.py",
+        "(odds[0::2] - odds[1::2]) / 2",
+        "odds[0::2]",
+        JUDGE,
+    ),
+    Mutation(
+        "a constitution revises the first response again and again",
+        "rlhf_env/preferences/constitution.py",
+        "zip(prompts, current, strict=True)]",
+        "zip(prompts, responses, strict=True)]",
+        CONSTITUTION,
     ),
     Mutation(
         "ranks are of the order of presentation",
         "rlhf_env/training/prefer.py",
-        "answer[order.index(i)]",
+        "answer[orders[q].index(i)]",
         "answer[i]",
         PREFER,
     ),

@@ -13,6 +13,7 @@ from sb3_contrib.common.recurrent.type_aliases import RNNStates
 
 from rlhf_env.lab.grid import GridConfig, cells
 from rlhf_env.records.config import build, override_layer, read_layer, to_dict
+from rlhf_env.text.demonstrations import load_demonstrations
 from rlhf_env.training.config import PipelineConfig
 from rlhf_env.training.pipeline import plan
 
@@ -115,6 +116,25 @@ def test_agreement_reads_a_table_with_gaps(example, tmp_path):
     file.write_text('{"ann": 1, "ben": 1}\n{"ann": 2, "ben": 2, "carl": 1}\n{"ann": 2, "ben": null, "carl": 2}\n')
     found = {" ".join(row[:-3]): row[-3:] for row in example("agreement.py", file)[:2]}
     assert float(found["percent agreement"][0]) == pytest.approx((1 + 1 / 3 + 1) / 3, abs=5e-4)
+
+
+def test_constitution_leaves_demonstrations(example, tmp_path):
+    lines = [" ".join(words) for words in example("constitution.py", "--out", tmp_path)]
+    written = int(lines[-2].split()[0])
+    assert lines[-2:] == [
+        f"{written} of 8 revisions are demonstrations",
+        "0 of 8 pairs judged; 16 of 16 replies unparsed",  # the model knows no brackets
+    ]
+    assert len(load_demonstrations(tmp_path / "revisions.jsonl")) == written > 0
+
+
+@pytest.mark.slow
+def test_constitution_runs_a_model_of_ones_own(example, shared_data, tmp_path):
+    (tmp_path / "principles.txt").write_text("Be kind.\n")
+    model = shared_data / "models" / "stories260k-llama"
+    files = ("--principles", tmp_path / "principles.txt", "--out", tmp_path, "--max-new-tokens", 6)
+    lines = [" ".join(words) for words in example("constitution.py", "--model", model, *files)]
+    assert re.fullmatch(r"\d of 8 pairs judged; \d+ of 16 replies unparsed", lines[-1])
 
 
 @pytest.mark.slow

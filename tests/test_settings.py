@@ -14,6 +14,7 @@ from rlhf_env.training.config import (
     EvaluateConfig,
     FineTuneConfig,
     GenerateConfig,
+    MemberConfig,
     PipelineConfig,
     PreferConfig,
     RewardConfig,
@@ -37,7 +38,9 @@ def test_help_needs_no_torch():
     assert "rlhf_env.training.config" in loaded and not {"torch", "transformers"} & set(loaded)
 
 
-@pytest.mark.parametrize("kind", [*STAGES, SFTConfig, LabelerConfig, BradleyTerryConfig], ids=lambda k: k.__name__)
+@pytest.mark.parametrize(
+    "kind", [*STAGES, MemberConfig, SFTConfig, LabelerConfig, BradleyTerryConfig], ids=lambda k: k.__name__
+)
 def test_every_setting_has_its_sentence(kind):
     sentences = documented(kind)
     assert sentences and [key for key, sentence in sentences.items() if not sentence] == []
@@ -82,6 +85,7 @@ def test_how_a_labeler_errs(name, wrong, right):
         (FineTuneConfig, "freeze_layers", -1, 0),
         (PreferConfig, "comparisons", 0, 1),
         (PreferConfig, "responses", 1, 2),
+        (PreferConfig, "overlap", 0, 1),
         (RewardConfig, "normalize_on", 1, 2),
         (TrainConfig, "freeze_layers", -1, 0),
         (TrainConfig, "eval_episodes", 0, 1),

@@ -148,6 +148,9 @@ def _construct(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
 def _coerce(value: Any, kind: Any, key: str, source: str) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     wrong = f"{source}: {key} must be {_name(kind)}, it is {_kind(value)}"
+    if dataclasses.is_dataclass(kind):  # one of a list
+        checked = _checked(kind, value, f"{key}.", source, _keys(kind, f"{key}."))
+        return _construct(kind, checked, f"{key}.")  # type: ignore[arg-type]
     if kind is Any:
         return _parse(value, f"{source}: {key}") if isinstance(value, Typed) else value
     if origin in (Union, UnionType):

@@ -97,15 +97,28 @@ class FineTuneConfig:
 
 
 @dataclass(frozen=True)
+class MemberConfig:
+    """One of the simulated labelers who share the queries."""
+
+    weight: float = 1.0  #: how often it is asked, relative to the others
+    gold: str | None = None  #: its true reward; none: that of the command
+    biases: dict[str, float] = field(default_factory=dict)  #: what else it likes, as `biases` of the command
+    labeler: LabelerConfig = field(default_factory=LabelerConfig)  #: how it errs
+
+
+@dataclass(frozen=True)
 class PreferConfig:
-    """Comparisons: K responses to each prompt, ranked by a simulated labeler who knows the gold reward."""
+    """Comparisons: K responses to each prompt, ranked by simulated labelers who know the gold reward."""
 
     policy: str  #: folder or hub name of the model that writes the responses, or a server's http://HOST:PORT/v1
     prompts: str  #: file of prompts, .txt (one per line) or .jsonl (key "prompt"), or hf:NAME
     gold: str  #: the labeler's true reward: "vader", "module:function" or the folder of a classifier
-    comparisons: int = 1000  #: how many to make
+    comparisons: int = 1000  #: how many to make; labelers who skip are asked more
     responses: int = 2  #: K, ranked in each
     labeler: LabelerConfig = field(default_factory=LabelerConfig)  #: how the labeler errs
+    biases: dict[str, float] = field(default_factory=dict)  #: gold per unit of log_words, markdown_marks, sycophancy
+    labelers: tuple[MemberConfig, ...] = ()  #: several who share the queries, in place of the one
+    overlap: int = 1  #: how many of the labelers answer each query
     seed: int = 0  #: of sampling, the order of prompts and the labeler
     device: str = "cpu"  #: "cpu", "cuda", "cuda:1", "mps"
     dtype: DType = "float32"  #: precision of the model's weights
@@ -115,7 +128,13 @@ class PreferConfig:
 
     def __post_init__(self) -> None:
         _require_server(self.policy, self.server, self.env)
-        _require(self, {"comparisons": 1, "responses": 2, "num_envs": 1, "seed": 0})
+        _require(self, {"comparisons": 1, "responses": 2, "num_envs": 1, "seed": 0, "overlap": 1})
+        if self.labelers and (self.biases or self.labeler != LabelerConfig()):
+            raise ConfigError(
+                "there is one labeler (labeler, biases) or several (labelers): give each of these its own"
+            )
+        if self.overlap > max(len(self.labelers), 1):
+            raise ConfigError(f"overlap is {self.overlap}, but there are {len(self.labelers) or 1} labelers to ask")
 
 
 @dataclass(frozen=True)

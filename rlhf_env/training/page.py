@@ -99,7 +99,10 @@ def stage_result(name: str, summary: Mapping[str, Any]) -> str:
         return f"{learned}; held out {summary['loss_before']:.3f} → {summary['loss_after']:.3f} nats per token"
     if name == "prefer":
         agree = interval(summary, "label_agreement")
-        return f"{summary['comparisons']:,} comparisons of {summary['responses']}; labels agree with gold {agree}"
+        skipped = f", {summary['skipped']:,} skipped" if summary.get("skipped") else ""
+        return (
+            f"{summary['comparisons']:,} comparisons of {summary['responses']}{skipped}; labels agree with gold {agree}"
+        )
     if name == "reward":
         gold = f", with gold {interval(summary, 'gold_accuracy')}" if "gold_accuracy" in summary else ""
         return f"accuracy on {summary['held_out']:,} held-out comparisons {interval(summary, 'accuracy')}{gold}"

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_env.errors import DataError
+import numpy as np
+import torch
+
+from rlhf_env.errors import ConfigError, DataError
 from rlhf_env.preferences.comparisons import write_comparisons
 from rlhf_env.preferences.labelers import SimulatedLabeler, label_agreement, present, utilities_of
+from rlhf_env.preferences.populations import Population
+from rlhf_env.preferences.utilities import log_words, markdown_marks, sycophancy, weighted
 from rlhf_env.records.config import to_dict
 from rlhf_env.records.run import Run, require_free
 from rlhf_env.reward_models.load import load_reward
+from rlhf_env.reward_models.vader import VaderReward
+from rlhf_env.settings import LabelerConfig
 from rlhf_env.text.prompts import load_prompts, prompt_indices
 from rlhf_env.training.assemble import load_sampler, parse_device
 from rlhf_env.training.collect import collect
@@ -23,34 +31,35 @@ from rlhf_env.training.report import surroundings
 from rlhf_env.types import Comparison, Labeler
 
 SAMPLING_SEED = 1_000_033  # added to the seed: training shall not meet these random numbers again
-_MOST_QUERIES = 4  # per comparison wanted, where responses come out identical
+_MOST_QUERIES = 4  # times those that would do if none had identical responses and none were skipped
+_MEMBER_STREAM = 8  # of the seeds of a population's members
 
 
 def run_prefer(config: PreferConfig, out: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
     """Make comparisons as `config` says, in `out`/comparisons.jsonl; returns what summary.json says.
 
-    Query q has prompt, responses, order of presentation and answer of its own, made from the seed and q alone. A query
-    whose responses are all the same text is not asked, since its answer could teach nothing; it is counted.
+    Query q has prompt, responses, order of presentation and answers of its own, made from the seed and q alone. A query
+    whose responses are all the same text is not asked, since its answer could teach nothing; it is counted
+    (`identical`). So is, of all answers that were asked for (`asked`), each that a labeler would not give (`skipped`).
+    Where several answer each query (`overlap`), there may be a few more comparisons than wanted.
     """
     out = Path(out)
     require_free(out)
     began = time.perf_counter()
     device, prompts = parse_device(config.device), load_prompts(config.prompts)
     gold = load_reward(config.gold, device=device)
+    labelers = _labelers(config, gold, device)
     policy = load_sampler(config)
     envs = unscored_envs(config.env, config.num_envs, prompts, config.prompts, policy)
-    errors = f"temperature {config.labeler.temperature}, flip rate {config.labeler.flip_rate}, seed {config.seed}"
-    labeler = SimulatedLabeler(gold, config.labeler, seed=config.seed, name=f"simulated: {config.gold}, {errors}")
     run, k = Run.create(out, to_dict(config)), config.responses
+    wanted = math.ceil(config.comparisons / config.overlap)  # queries, if all are answered
 
     comparisons: list[Comparison] = []
-    queries = 0
-    while (missing := config.comparisons - len(comparisons)) > 0:
-        if queries + missing > _MOST_QUERIES * config.comparisons:
-            raise DataError(
-                f"of {queries} queries only {len(comparisons)} had responses that differ: the policy nearly always "
-                "writes the same; raise env.temperature, or give more prompts"
-            )
+    queries = identical = 0
+    while len(comparisons) < config.comparisons:
+        missing = math.ceil((config.comparisons - len(comparisons)) / config.overlap)
+        if queries + missing > _MOST_QUERIES * wanted:
+            raise DataError(_too_few(queries, identical, len(comparisons)))
         asked = [prompts[i] for i in prompt_indices(config.seed, queries, missing, len(prompts))]
         rollout = collect(
             policy,
@@ -58,20 +67,20 @@ def run_prefer(config: PreferConfig, out: str | Path, *, progress: Progress | No
             [prompt for prompt in asked for _ in range(k)],
             seed=config.seed + SAMPLING_SEED,
             start=queries * k,
-            progress=None if progress is None else lambda more: progress(more, k * config.comparisons),
+            progress=None if progress is None else lambda more: progress(more, k * wanted),
         )
         texts = response_texts(envs.task, rollout)
         responses = [tuple(texts[i : i + k]) for i in range(0, len(texts), k)]
         differ = [i for i, those in enumerate(responses) if len(set(those)) > 1]
         comparisons += ask(
-            labeler,
+            labelers,
             [asked[i] for i in differ],
             [responses[i] for i in differ],
             [queries + i for i in differ],
             policy=config.server.model or config.policy,
             seed=config.seed,
         )
-        queries += missing
+        queries, identical = queries + missing, identical + missing - len(differ)
     write_comparisons(out / "comparisons.jsonl", comparisons)
     utilities = utilities_of(gold, [c.prompt for c in comparisons], [c.responses for c in comparisons])
     run.write_summary(
@@ -80,7 +89,9 @@ def run_prefer(config: PreferConfig, out: str | Path, *, progress: Progress | No
             "responses": k,
             "prompts": len({comparison.prompt for comparison in comparisons}),
             "queries": queries,
-            "identical": queries - len(comparisons),
+            "identical": identical,
+            "asked": (asked_for := (queries - identical) * config.overlap),
+            "skipped": asked_for - len(comparisons),
             **label_agreement(comparisons, utilities),
             "seed": config.seed,
             "seconds": time.perf_counter() - began,
@@ -91,7 +102,7 @@ def run_prefer(config: PreferConfig, out: str | Path, *, progress: Progress | No
 
 
 def ask(
-    labeler: Labeler,
+    labelers: Labeler | Population,
     prompts: Sequence[str],
     responses: Sequence[Sequence[str]],
     queries: Sequence[int],
@@ -99,18 +110,69 @@ def ask(
     policy: str = "",
     seed: int = 0,
 ) -> list[Comparison]:
-    """What a labeler says of each prompt's K responses, which are shown in a random order made from (seed, query)."""
+    """What labelers say of each prompt's K responses, which are shown in a random order made from (seed, query).
+
+    One comparison for each answer, in the order of the queries. A query that a labeler skips is none; those of a
+    population that are asked the same query see the same order.
+    """
     orders = [present(len(those), seed, query) for those, query in zip(responses, queries, strict=True)]
     shown = [[those[i] for i in order] for those, order in zip(responses, orders, strict=True)]
-    answers = labeler.rank(prompts, shown, queries)
-    return [
-        Comparison(
-            prompt=prompt,
-            responses=tuple(those),
-            ranks=tuple(answer[order.index(i)] for i in range(len(those))),
-            labeler=labeler.name,
-            policy=policy,
-            order=order,
+    everywhere = list(range(len(queries)))
+    shares = labelers.shares(queries) if isinstance(labelers, Population) else [(labelers, everywhere)]
+    found: list[list[Comparison]] = [[] for _ in queries]
+    for labeler, places in shares:
+        answers = labeler.rank([prompts[q] for q in places], [shown[q] for q in places], [queries[q] for q in places])
+        for q, answer in zip(places, answers, strict=True):
+            if answer is not None:
+                ranks = tuple(answer[orders[q].index(i)] for i in range(len(answer)))
+                found[q].append(
+                    Comparison(prompts[q], tuple(responses[q]), ranks, labeler.name, policy=policy, order=orders[q])
+                )
+    return [comparison for those in found for comparison in those]
+
+
+def _labelers(config: PreferConfig, gold: Any, device: torch.device) -> Labeler | Population:
+    """The one labeler of the settings, or the several, whose seeds are made from the seed and their number."""
+    if not config.labelers:
+        liked = _with_biases(gold, config.biases)
+        name = _name(config.gold, config.biases, config.labeler, config.seed)
+        return SimulatedLabeler(liked, config.labeler, seed=config.seed, name=name)
+    members = []
+    for number, member in enumerate(config.labelers):
+        own = gold if member.gold is None else load_reward(member.gold, device=device)
+        seed = int(np.random.default_rng([config.seed, number, _MEMBER_STREAM]).integers(2**32))
+        name = f"{number} {_name(member.gold or config.gold, member.biases, member.labeler, seed)}"
+        members.append(SimulatedLabeler(_with_biases(own, member.biases), member.labeler, seed=seed, name=name))
+    return Population(members, [member.weight for member in config.labelers], config.overlap, config.seed)
+
+
+def _with_biases(gold: Any, biases: Mapping[str, float]) -> Any:
+    """Gold, or the sum of gold and what else a labeler likes, by its name and weight."""
+    if not biases:
+        return gold
+    known = {"log_words": log_words, "markdown_marks": markdown_marks, "sycophancy": sycophancy(VaderReward())}
+    if unknown := [name for name in biases if name not in known]:
+        raise ConfigError(f"{unknown[0]!r} is no bias: choose among {', '.join(known)}, or write a gold of your own")
+    return weighted([(1.0, gold), *((weight, known[name]) for name, weight in biases.items())])
+
+
+def _name(gold: str, biases: Mapping[str, float], errors: LabelerConfig, seed: int) -> str:
+    """Whom a comparison is by: gold, biases, the two errors that every labeler has, and those that it has besides."""
+    likes = [f"{weight:+} {name}" for name, weight in biases.items()]
+    given = {name: value for name, value in to_dict(errors).items() if value != getattr(LabelerConfig(), name)}
+    shown = {"temperature": errors.temperature, "flip_rate": errors.flip_rate, **given, "seed": seed}
+    said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
+    return f"simulated: {' '.join([gold, *likes])}, {said}"
+
+
+def _too_few(queries: int, identical: int, comparisons: int) -> str:
+    differ = queries - identical
+    if identical > queries / 2:
+        return (
+            f"of {queries} queries only {differ} had responses that differ: the policy nearly always writes the same; "
+            "raise env.temperature, or give more prompts"
         )
-        for prompt, those, order, answer in zip(prompts, responses, orders, answers, strict=True)
-    ]
+    return (
+        f"{differ} queries brought only {comparisons} answers: the labelers skip nearly all; lower skip_below, which "
+        "is in units of gold"
+    )

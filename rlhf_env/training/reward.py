@@ -81,7 +81,7 @@ def run_reward(config: RewardConfig, out: str | Path, *, on_step: OnStep | None 
     if gold is not None:
         asked = [c.prompt for c in held_out], [c.responses for c in held_out]
         ranks = SimulatedLabeler(gold, LabelerConfig(temperature=0.0)).rank(*asked, range(len(held_out)))
-        by_gold = [Comparison(c.prompt, c.responses, r) for c, r in zip(held_out, ranks, strict=True)]
+        by_gold = [Comparison(c.prompt, c.responses, r) for c, r in zip(held_out, ranks, strict=True) if r is not None]
         measured = measure_comparisons(model, by_gold)
         summary |= {f"gold_{k}": measured[k] for k in ("accuracy", "accuracy_low", "accuracy_high") if k in measured}
         summary |= label_agreement(held_out, utilities_of(gold, *asked))

@@ -47,7 +47,8 @@ def test_sft_prefer_reward_and_what_they_leave_for_train(command, texts, tmp_pat
     rows = [json.loads(line) for line in (prefer / "comparisons.jsonl").read_text().splitlines()]
     assert [len(row["responses"]) for row in rows] == [3] * 20
     config = Run(prefer).config
-    assert config["labeler"] == {"temperature": 0.0, "flip_rate": 0.5} and config["env"]["max_new_tokens"] == 6
+    assert (config["labeler"]["temperature"], config["labeler"]["flip_rate"]) == (0.0, 0.5)
+    assert config["env"]["max_new_tokens"] == 6
 
     code, out, err = command(
         "reward", "--comparisons", prefer / "comparisons.jsonl", "--body", sft / "model", "--gold", "vader",

@@ -17,6 +17,7 @@ from rlhf_env.preferences.labelers import (
     utilities_of,
 )
 from rlhf_env.types import Comparison
+from tests.preferences.binomial import assert_share
 
 N = 20_000
 
@@ -274,3 +275,127 @@ def test_utilities_that_do_not_fit_are_refused():
         label_agreement([pair, pair], [[1.0, 0.0], [1.0, 0.0, 2.0]])
     with pytest.raises(DataError, match="1 comparisons were given with the utilities of 0"):
         label_agreement([pair], [])
+
+
+# --- thresholds, places, distance, fatigue ---------------------------------------------------------
+
+
+def test_present_settings_answer_as_they_always_did():
+    assert answers([0.1, 0.3, 0.2], 12, seed=11, temperature=0.5, flip_rate=0.2) == [
+        *((1, 2, 0), (2, 0, 1), (1, 2, 0), (2, 1, 0), (1, 0, 2), (1, 0, 2)),
+        *((2, 1, 0), (0, 1, 2), (2, 1, 0), (1, 0, 2), (2, 1, 0), (1, 2, 0)),
+    ]
+
+
+LOG3 = math.log(3)
+
+# P(the first of utilities (difference, 0), which is shown first, is preferred), each by hand:
+# σ(log 3) = 3/4, σ(2 log 3) = 9/10, σ(3 log 3) = 27/28.
+BY_HAND = {
+    "a bonus of one difference": (LOG3, {"temperature": 1.0, "first_bonus": LOG3}, 9 / 10),
+    "a bonus the other way": (LOG3, {"temperature": 1.0, "first_bonus": -LOG3}, 1 / 2),
+    "a bonus is in units of gold": (LOG3, {"temperature": 0.5, "first_bonus": LOG3 / 2}, 27 / 28),
+    "a bonus without noise": (-0.1, {"temperature": 0.0, "first_bonus": 0.2}, 1.0),
+    "a bonus that is too small": (-0.3, {"temperature": 0.0, "first_bonus": 0.2}, 0.0),
+    "flips after the bonus": (LOG3, {"temperature": 1.0, "first_bonus": LOG3, "flip_rate": 0.25}, 0.7),
+    "flips near": (0.0, {"temperature": 1.0, "first_bonus": LOG3, "flip_rate": 0.5, "flip_scale": 1.0}, 1 / 2),
+    "flips one scale off": (2.0, {"temperature": 0.0, "flip_rate": 0.5, "flip_scale": 2.0}, 1 - 0.5 / math.e),
+    "flips far off": (9.0, {"temperature": 0.0, "flip_rate": 1.0, "flip_scale": 0.01}, 1.0),
+    "adversary": (LOG3, {"temperature": 1.0, "flip_rate": 1.0}, 1 / 4),
+    "adversary of near ones": (LOG3, {"temperature": 1.0, "flip_rate": 1.0, "flip_scale": LOG3}, 3 / 4 - 0.5 / math.e),
+    "no tie": (LOG3, {"temperature": 1.0, "tie_within": 1.09}, 3 / 4),
+    "nearly no temperature": (0.1, {"temperature": 1e-9}, 1.0),
+    "nearly all temperature": (0.1, {"temperature": 1e9}, 1 / 2),
+}
+
+
+@pytest.mark.parametrize(("difference", "config", "p"), BY_HAND.values(), ids=BY_HAND)
+def test_every_option_prefers_as_often_as_the_exact_probability_says(difference, config, p):
+    exact = preference_probability(difference, LabelerConfig(**config), first=True)
+    assert float(exact) == pytest.approx(p, abs=1e-9)
+    count = 500 if p in (0, 1) else N
+    assert_share(sum(ranks == (0, 1) for ranks in answers([difference, 0.0], count, **config)), count, p)
+    mirrored = preference_probability(-difference, LabelerConfig(**config), first=False)
+    assert float(mirrored) == pytest.approx(1 - p, abs=1e-9)  # the same query, told the other way round
+
+
+def test_in_random_order_a_bonus_is_half_the_time_for_either():
+    config = LabelerConfig(temperature=1.0, first_bonus=LOG3)
+    assert float(preference_probability(LOG3, config)) == pytest.approx((9 / 10 + 1 / 2) / 2)
+    assert preference_probability([LOG3, -LOG3, 0.0], config).tolist() == pytest.approx([0.7, 0.3, 0.5])
+
+
+def test_without_a_bonus_the_order_shown_plays_no_part():
+    for config in ({"temperature": 0.5, "flip_rate": 0.2}, {"temperature": 0.0, "tie_within": 1.0}):
+        for first in (True, False, None):
+            p = preference_probability([0.7, 2.0], LabelerConfig(**config), first=first)
+            assert p.tolist() == preference_probability([0.7, 2.0], LabelerConfig(**config)).tolist()
+    wins = sum(ranks == (0, 1) for ranks in answers([LOG3, 0.0], temperature=1.0))
+    swapped = sum(ranks == (1, 0) for ranks in answers([0.0, LOG3], seed=1, temperature=1.0))
+    for found in (wins, swapped):
+        assert_share(found, N, 3 / 4)
+
+
+def test_places_between_first_and_last_have_their_share_of_the_bonus():
+    assert answers([0.0, 0.0, 0.0], 1, temperature=0.0, first_bonus=1.0) == [(0, 1, 2)]
+    assert answers([0.0, 0.49, 1.02], 1, temperature=0.0, first_bonus=1.0) == [(1, 2, 0)]  # 1.0, 0.99, 1.02
+    assert answers([0.0, 0.51, 0.98], 1, temperature=0.0, first_bonus=1.0) == [(1, 0, 2)]  # 1.0, 1.01, 0.98
+
+
+def test_two_that_differ_by_less_than_the_threshold_are_a_tie_whatever_the_noise():
+    assert set(answers([0.3, 0.0], 200, temperature=1.0, flip_rate=0.3, first_bonus=1.0, tie_within=0.31)) == {(0, 0)}
+    assert (0, 0) not in answers([0.3, 0.0], 200, temperature=1.0, tie_within=0.3)  # applied once, and as it is
+    p = preference_probability([0.3, 0.29], LabelerConfig(temperature=0.0, tie_within=0.3))
+    assert p.tolist() == [1.0, 0.5]
+
+
+def test_neighbours_in_a_ranking_that_are_near_share_a_rank_and_a_chain_of_them_is_one_tie():
+    assert answers([0.0, 1.0, 3.0], 1, temperature=0.0, tie_within=1.5) == [(1, 1, 0)]
+    assert answers([0.0, 1.0, 2.0, 9.0], 1, temperature=0.0, tie_within=1.5) == [(1, 1, 1, 0)]
+    assert answers([0.0, 1.0, 2.0, 9.0], 1, temperature=0.0, tie_within=1.5, flip_rate=1.0) == [(0, 0, 0, 1)]
+    assert answers([0.0, 5.0, 0.1], 1, temperature=0.0, tie_within=0.05) == [(2, 0, 1)]
+
+
+def test_no_answer_where_the_best_is_below_the_threshold():
+    assert answers([0.4, 0.9], 3, temperature=0.0, skip_below=1.0) == [None] * 3
+    assert answers([0.4, 1.0], 1, temperature=0.0, skip_below=1.0) == [(1, 0)]
+    assert answers([-3.0, -2.0], 1, temperature=0.0, skip_below=-2.5) == [(1, 0)]
+    plain = answers([0.4, 1.5], 200, temperature=1.0, flip_rate=0.1)
+    assert answers([0.4, 1.5], 200, temperature=1.0, flip_rate=0.1, skip_below=1.0) == plain  # no random number more
+
+
+def test_a_tired_labeler_sees_less():
+    config = LabelerConfig(temperature=0.5, fatigue=0.25)
+    difference = LOG3
+    p = preference_probability(difference, config, query=[0, 2, 6])  # temperatures 0.5, 1 and 2
+    assert p.tolist() == pytest.approx([9 / 10, 3 / 4, 3**0.5 / (1 + 3**0.5)])
+    labeler = SimulatedLabeler(gold, LabelerConfig(temperature=0.0, fatigue=1e-4))
+    count = 10_000
+    found = labeler.rank(["p"] * count, [[repr(LOG3), "0.0"]] * count, range(0, 2 * count, 2))
+    expected = preference_probability(LOG3, labeler.config, query=np.arange(0, 2 * count, 2))
+    assert expected[0] == 1.0 and expected[5000] == pytest.approx(3 / 4)
+    right = np.array([ranks == (0, 1) for ranks in found])
+    for part in (slice(0, 5000), slice(5000, None)):
+        p = expected[part]
+        assert abs(right[part].sum() - p.sum()) < 4.5 * math.sqrt((p * (1 - p)).sum())
+
+
+def test_flips_of_a_ranking_depend_on_its_best_and_its_worst():
+    found = answers([0.0, 1.0, 2.0], 5000, temperature=0.0, flip_rate=0.5, flip_scale=2.0)
+    assert_frequencies(found, {(2, 1, 0): 1 - 0.5 / math.e, (0, 1, 2): 0.5 / math.e})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"tie_within": -0.1}, "tie_within must be at least 0 and finite, it is -0.1"),
+        ({"fatigue": math.inf}, "fatigue must be at least 0 and finite, it is inf"),
+        ({"flip_scale": 0.0}, "flip_scale must be positive and finite, it is 0.0"),
+        ({"flip_scale": math.nan}, "flip_scale must be positive and finite, it is nan"),
+        ({"skip_below": math.nan}, "skip_below must be finite, it is nan"),
+        ({"first_bonus": math.inf}, "first_bonus must be finite, it is inf"),
+    ],
+)
+def test_impossible_thresholds_are_refused(config, message):
+    with pytest.raises(ConfigError, match=message):
+        LabelerConfig(**config)

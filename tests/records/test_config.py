@@ -182,3 +182,33 @@ def test_reading_settings_needs_no_torch():
 def test_a_misspelt_section_is_recognised():
     with pytest.raises(ConfigError, match=r"there is no setting inne; did you mean inner\?"):
         build(Outer, Layer("file.yaml", {"name": "x", "inne": {"beta": 1}}))
+
+
+# --- lists of settings -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Several:
+    parts: tuple[Inner, ...] = ()  #: each with settings of its own
+
+
+def test_a_list_may_hold_settings_each_with_its_defaults():
+    layer = Layer("a file", {"parts": [{"beta": "0.5"}, {"stops": ["x"]}, None]})
+    built = build(Several, layer)
+    assert built == Several((Inner(beta=0.5), Inner(stops=("x",)), Inner()))
+    assert build(Several, Layer("again", to_dict(built))) == built
+    assert build(Several, override_layer(["parts=[{beta: 1e-2}]"])) == Several((Inner(beta=0.01),))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([{}, {"betta": 1}], r"f: there is no setting parts\[1\]\.betta; did you mean parts\[1\]\.beta\?"),
+        ([{"beta": "x"}], r"f: parts\[0\]\.beta must be a finite number, it is 'x'"),
+        ([3], r"f: parts\[0\] must be a mapping of settings, it is 3"),
+        ({"beta": 1}, "f: parts must be a list"),
+    ],
+)
+def test_mistakes_in_a_list_are_named_by_their_place(parts, message):
+    with pytest.raises(ConfigError, match=message):
+        build(Several, Layer("f", {"parts": parts}))

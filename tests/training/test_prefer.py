@@ -1,5 +1,6 @@
 """The second stage: what is asked of a labeler, in which order, and what is kept of the answers."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,12 +10,12 @@ from rlhf_env.errors import ConfigError, DataError
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.preferences.comparisons import read_comparisons
 from rlhf_env.preferences.labelers import SimulatedLabeler
-from rlhf_env.records.config import build, read_layer
+from rlhf_env.records.config import Layer, build, override_layer, read_layer, to_dict
 from rlhf_env.records.run import Run
 from rlhf_env.settings import LabelerConfig
 from rlhf_env.training import inference, pipeline, prefer, reward
 from rlhf_env.training.collect import collect
-from rlhf_env.training.config import EnvConfig, PreferConfig
+from rlhf_env.training.config import EnvConfig, MemberConfig, PreferConfig
 from rlhf_env.training.prefer import ask, run_prefer
 from rlhf_env.types import Comparison
 from tests.builders import ALPHABET, PROMPTS, letter_score, make_envs
@@ -180,6 +181,81 @@ def test_what_is_asked_by_hand():
     orders = {ask(PrefersTheFirst(), ["q"], [("x", "y", "z")], [q], seed=2)[0].order for q in range(40)}
     assert len(orders) == 6
     assert ask(labeler, [], [], []) == []
+
+
+# --- several labelers, biases, skips ---------------------------------------------------------------
+
+TWO = (
+    MemberConfig(weight=3.0, labeler=SURE),
+    MemberConfig(gold="tests.builders:letter_score", biases={"log_words": 0.5}),
+)
+
+
+def test_what_a_labeler_skips_is_asked_counted_and_made_up_for(config, tmp_path):
+    picky = replace(config, labeler=LabelerConfig(temperature=0.0, skip_below=0.0))
+    comparisons = comparisons_of(picky, tmp_path)
+    summary = Run.open(tmp_path).summary
+    assert len(comparisons) == summary["comparisons"] == 12
+    assert summary["asked"] == summary["queries"] - summary["identical"] == 12 + summary["skipped"]
+    assert summary["skipped"] > 0
+    assert all(max(letter_score([c.prompt] * 2, list(c.responses))) >= 0 for c in comparisons)
+    assert "skip below 0.0" in comparisons[0].labeler
+    with pytest.raises(DataError, match=r"\d\d queries brought only 0 answers.*lower skip_below"):
+        run_prefer(replace(config, labeler=LabelerConfig(skip_below=1e6)), tmp_path / "never")
+
+
+def test_several_labelers_share_the_queries(config, made, tmp_path):
+    comparisons = comparisons_of(replace(config, labelers=TWO, comparisons=40), tmp_path)
+    by = Counter(c.labeler for c in comparisons)
+    first, second = sorted(by)
+    assert first.startswith(f"0 simulated: {config.gold}, temperature 0.0, flip rate 0.0, seed ")
+    assert second.startswith(f"1 simulated: {config.gold} +0.5 log_words, temperature 0.25, flip rate 0.0, seed ")
+    assert by[first] > by[second] > 0
+    alone = read_comparisons(made.path / "comparisons.jsonl")
+    assert [(c.prompt, c.responses, c.order) for c in comparisons[:12]] == [
+        (c.prompt, c.responses, c.order) for c in alone
+    ]
+    for c in comparisons:
+        if c.labeler == first:
+            u = letter_score([c.prompt] * 2, list(c.responses))
+            assert (u[0] > u[1]) == (c.ranks[0] < c.ranks[1])
+
+
+def test_with_overlap_each_query_is_answered_by_several(config, tmp_path):
+    comparisons = comparisons_of(replace(config, labelers=TWO, overlap=2, comparisons=11), tmp_path)
+    assert len(comparisons) == 12 == Run.open(tmp_path).summary["asked"]
+    for one, other in zip(comparisons[::2], comparisons[1::2], strict=True):
+        assert (one.prompt, one.responses, one.order) == (other.prompt, other.responses, other.order)
+        assert one.labeler != other.labeler
+
+
+def test_labelers_and_biases_from_a_file_and_the_command_line(config):
+    given = to_dict(replace(config, labelers=TWO, overlap=2))
+    assert build(PreferConfig, Layer("a file", given)) == replace(config, labelers=TWO, overlap=2)
+    plain = Layer("a file", {"policy": "p", "prompts": "t", "gold": "vader"})
+    typed = override_layer(["labelers=[{weight: 3, labeler: {temperature: 0.0}}, {biases: {log_words: 1}}]"])
+    assert build(PreferConfig, plain, typed).labelers[0] == TWO[0]
+    assert build(PreferConfig, plain, override_layer(["biases.sycophancy=1"])).biases == {"sycophancy": 1.0}
+    with pytest.raises(ConfigError, match=r"no setting labelers\[1\]\.wait; did you mean labelers\[1\]\.weight"):
+        build(PreferConfig, plain, override_layer(["labelers=[{}, {wait: 1}]"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labelers": TWO, "labeler": SURE}, "one labeler .* or several"),
+        ({"labelers": TWO, "biases": {"log_words": 1.0}}, "one labeler .* or several"),
+        ({"overlap": 2}, "overlap is 2, but there are 1 labelers"),
+        ({"labelers": TWO, "overlap": 3}, "overlap is 3, but there are 2 labelers"),
+        ({"labelers": (MemberConfig(weight=0.0),)}, "weights of labelers must be"),
+        ({"biases": {"lenght": 1.0}}, "'lenght' is no bias: choose among log_words, markdown_marks, sycophancy"),
+        ({"labelers": (MemberConfig(gold="vadr"),)}, "Did you mean 'vader'"),
+    ],
+)
+def test_labelers_that_cannot_be_leave_no_folder(config, tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        run_prefer(replace(config, **change), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # --- identical responses ---------------------------------------------------------------------------
