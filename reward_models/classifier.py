@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_env.errors import ConfigError, RewardError
+from rlhf_env.reward_models.heads import head_of, stored
 
 
 class ClassifierReward:
@@ -24,7 +25,8 @@ class ClassifierReward:
     the head would be random. `label` (name or index) chooses among several logits. `of="text"` scores prompt and
     response as one text, `of="response"` the response alone. Texts longer than `max_length` tokens lose their
     beginning. A model that `save_pretrained` wrote keeps `of`, `max_length`, mean and std in its config.json; where
-    nothing is said, these are "text", what model and tokenizer allow, 0 and 1.
+    nothing is said, these are "text", what model and tokenizer allow, 0 and 1. One of the `heads` may make the logit
+    of several; config.json says which.
     """
 
     def __init__(
@@ -63,7 +65,10 @@ class ClassifierReward:
         self.model = model.eval()  # and it stays so: dropout would make the score depend on chance
         self.tokenizer = tokenizer
         tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
-        self.label = _label_index(model.config, label)
+        self.head = head_of(model.config)
+        self.label = _label_index(model.config, label) if self.head is None else None
+        if self.head is not None and label is not None:
+            raise ConfigError(f"all logits of this reward model make its score: leave out the label {label!r}")
         self.of = of or getattr(model.config, "reward_of", "text")
         if self.of not in ("text", "response"):
             raise ConfigError(f"of must be 'text' or 'response', got {self.of!r}")
@@ -97,13 +102,17 @@ class ClassifierReward:
 
     def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
         """The classifier's own number for each text, [B], before any normalisation."""
+        return self.reduce(torch.from_numpy(self.all_logits(prompts, responses))).numpy()
+
+    def all_logits(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
+        """Everything that the classifier says of each text, [B, L]."""
         rows = [tuple(row) for row in self.encode(prompts, responses)]
         distinct = sorted(dict.fromkeys(rows), key=len)  # little padding per batch, and equal texts score exactly alike
-        known: dict[tuple[int, ...], float] = {}
+        known: dict[tuple[int, ...], list[float]] = {}
         for start in range(0, len(distinct), self.batch_size):
             batch = distinct[start : start + self.batch_size]
             with torch.inference_mode():
-                known |= zip(batch, self.forward(batch).tolist(), strict=True)
+                known |= zip(batch, self.read(batch).tolist(), strict=True)
         return np.array([known[row] for row in rows], dtype=np.float64)
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
@@ -111,15 +120,23 @@ class ClassifierReward:
         texts = responses if self.of == "response" else map("".join, zip(prompts, responses, strict=True))
         return [self._encode(text) for text in texts]
 
+    def reduce(self, logits: Tensor) -> Tensor:
+        """The one number that is made of a text's logits, [B, L] → [B]: one of them, or what the head says."""
+        return logits[:, self.label] if self.head is None else self.head.reduce(logits)
+
     def forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [B] of rows of token ids, with gradient; in float32 even where the weights are of less precision."""
+        """Logits [B] of rows of token ids, with gradient."""
+        return self.reduce(self.read(rows))
+
+    def read(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """All logits [B, L] of rows of token ids, with gradient; float32 even where the weights are less precise."""
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self._pad or 0, dtype=torch.int64)
         mask = torch.zeros(len(rows), width, dtype=torch.int64)
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
         device = self.model.device
-        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, self.label]
+        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def normalize_on(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[float, float]:
@@ -130,7 +147,10 @@ class ClassifierReward:
         """
         if len(responses) < 2:
             raise RewardError(f"a score is normalised on at least 2 responses, not on {len(responses)}")
-        logits = self.logits(prompts, responses)
+        every = self.all_logits(prompts, responses)
+        if self.head is not None and np.isfinite(every).all():
+            self.head = self.head.settled(torch.from_numpy(every))
+        logits = self.reduce(torch.from_numpy(every)).numpy()
         if broken := np.flatnonzero(~np.isfinite(logits)).tolist():
             raise RewardError(f"the logit of response {broken[0]} is {logits[broken[0]]}: nothing can be normalised")
         mean, std = float(logits.mean()), float(logits.std())
@@ -144,8 +164,8 @@ class ClassifierReward:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face folder (safetensors, tokenizer), mean and std in its config.json."""
-        stored = {"mean": self.mean, "std": self.std, "of": self.of, "max_length": self.max_length}
-        self.model.config.update({f"reward_{name}": value for name, value in stored.items()})
+        told = {"mean": self.mean, "std": self.std, "of": self.of, "max_length": self.max_length}
+        self.model.config.update({f"reward_{name}": value for name, value in told.items()} | stored(self.head))
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
