@@ -10,10 +10,11 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -208,7 +209,15 @@ class TieParameter:
         return {"tie_parameter": float(torch.as_tensor(self.value).detach())} if self.parameters else {}
 
 
-def measure_comparisons(reward: ClassifierReward, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+class HasLogits(Protocol):
+    """What can be measured on comparisons."""
+
+    def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
+        """A number for each response, [B], whose differences predict preferences."""
+        ...
+
+
+def measure_comparisons(reward: HasLogits, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """How well the logits predict comparisons that were not learned from; plain numbers and lists, ready for JSON.
 
     accuracy     share of pairs, ties left out, whose preferred response has the higher logit (half where they are

@@ -145,20 +145,10 @@ class ClassifierReward:
         Of a reference's responses, so that β means the same for every reward model (Ziegler et al. 2019, arXiv
         1909.08593, §2).
         """
-        if len(responses) < 2:
-            raise RewardError(f"a score is normalised on at least 2 responses, not on {len(responses)}")
         every = self.all_logits(prompts, responses)
-        if self.head is not None and np.isfinite(every).all():
+        if self.head is not None and len(every) > 1 and np.isfinite(every).all():
             self.head = self.head.settled(torch.from_numpy(every))
-        logits = self.reduce(torch.from_numpy(every)).numpy()
-        if broken := np.flatnonzero(~np.isfinite(logits)).tolist():
-            raise RewardError(f"the logit of response {broken[0]} is {logits[broken[0]]}: nothing can be normalised")
-        mean, std = float(logits.mean()), float(logits.std())
-        if std <= 1e-6 * max(1.0, abs(mean)):  # what rounding alone can cause
-            raise RewardError(
-                f"all {len(logits)} responses have the same logit, {mean:.6g}, so no scale gives them variance 1: "
-                "normalise on responses that differ, or train the reward model longer"
-            )
+        mean, std = normaliser(self.reduce(torch.from_numpy(every)).numpy())
         self.model.config.update({"reward_mean": mean, "reward_std": std})
         return mean, std
 
@@ -180,6 +170,21 @@ class ClassifierReward:
         if not ids:
             raise RewardError(f"the reward model's tokenizer makes no token of the text {text!r}: it has no score")
         return ids
+
+
+def normaliser(logits: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean and standard deviation of logits [N]; `RewardError` where no scale would give them variance 1."""
+    if len(logits) < 2:
+        raise RewardError(f"a score is normalised on at least 2 responses, not on {len(logits)}")
+    if broken := np.flatnonzero(~np.isfinite(logits)).tolist():
+        raise RewardError(f"the logit of response {broken[0]} is {logits[broken[0]]}: nothing can be normalised")
+    mean, std = float(logits.mean()), float(logits.std())
+    if std <= 1e-6 * max(1.0, abs(mean)):  # what rounding alone can cause
+        raise RewardError(
+            f"all {len(logits)} responses have the same logit, {mean:.6g}, so no scale gives them variance 1: "
+            "normalise on responses that differ, or train the reward model longer"
+        )
+    return mean, std
 
 
 def padding_token(tokenizer: Any, vocab_size: int) -> int | None:

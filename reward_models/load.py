@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rlhf_env.errors import ConfigError
+from rlhf_env.records.jsonl import read_json
 from rlhf_env.types import RewardModel
 
 _BUILT_IN = ("vader",)
@@ -37,9 +38,7 @@ def load_reward(spec: str, *, device: torch.device | str = "cpu") -> RewardModel
     head, _, tail = spec.rpartition(":")
     for folder, label in ((spec, None), (head, tail)):
         if folder and (Path(folder) / "config.json").is_file():
-            from rlhf_env.reward_models.classifier import ClassifierReward
-
-            return ClassifierReward(folder, label=label, device=device)
+            return _saved(folder, label, device)
     if spec and Path(spec).is_dir():
         raise ConfigError(f"the folder {spec!r} holds no config.json, so it is not a saved sequence classifier")
     if head and tail:
@@ -50,6 +49,19 @@ def load_reward(spec: str, *, device: torch.device | str = "cpu") -> RewardModel
         f"unknown reward model {spec!r}.{hint} Known are {', '.join(map(repr, _BUILT_IN))}, 'module:function', "
         "'module:Class', the folder of a sequence classifier, and several of them with commas between"
     )
+
+
+def _saved(folder: str, label: str | None, device: torch.device | str) -> RewardModel:
+    """The reward model in a folder, of the `reward_kind` that its config.json says; of none, a plain classifier."""
+    if read_json(Path(folder) / "config.json").get("reward_kind") == "linear":
+        from rlhf_env.reward_models.linear import LinearReward
+
+        if label is not None:
+            raise ConfigError(f"the linear reward model {folder} has no labels: leave out {label!r}")
+        return LinearReward.load(folder)
+    from rlhf_env.reward_models.classifier import ClassifierReward
+
+    return ClassifierReward(folder, label=label, device=device)
 
 
 def _imported(module_name: str, name: str) -> Any:
