@@ -116,55 +116,65 @@ def fit_comparisons(
     *,
     seed: int = 0,
 ) -> Iterator[dict[str, float]]:
-    """Minimise the mean `comparison_loss`, yielding metrics per step.
+    """Minimise the mean of `comparison_costs`, yielding metrics per step.
 
     Every response is read once per epoch, and all pairs of a ranking of K learn from its K logits (Ouyang et al. 2022,
     eq. 1): as separate comparisons they overfit within one epoch. `loss` is in nats per pair (or per ranking),
     `accuracy` that of the batch before the step, over pairs that are no tie. The order depends on `seed` and the epoch.
     """
-    if not comparisons:
-        raise DataError("there are no comparisons to learn from")
-    if config.margin and all(c.strength is None for c in comparisons):
-        raise DataError("margin is in units of a comparison's strength, and of these comparisons none has one")
+    require_learnable(comparisons, config)
     rows = [rows_of(reward, comparison) for comparison in comparisons]
     ties = TieParameter(config)
 
     def loss_of(batch: list[int]) -> tuple[Tensor, dict[str, float]]:
         logits = reward.forward([row for i in batch for row in rows[i]])
         those = [comparisons[i] for i in batch]
-        return comparison_loss(logits, those, config, ties.value), accuracy_of(logits, those) | ties.learned
+        costs = comparison_costs(logits, those, config, ties.value)
+        return costs.mean(), accuracy_of(logits, those) | ties.learned
 
     yield from learn(reward, len(rows), loss_of, config, seed, beside=ties.parameters)
 
 
-def comparison_loss(
+def require_learnable(comparisons: Sequence[Comparison], config: BradleyTerryConfig) -> None:
+    """Raise `DataError` where there is nothing to learn from, or not what `config` asks for."""
+    if not comparisons:
+        raise DataError("there are no comparisons to learn from")
+    if config.margin and all(c.strength is None for c in comparisons):
+        raise DataError("margin is in units of a comparison's strength, and of these comparisons none has one")
+
+
+def comparison_costs(
     logits: Tensor,
     comparisons: Sequence[Comparison],
     config: BradleyTerryConfig = BradleyTerryConfig(),  # noqa: B008 (frozen)
     tie_parameter: Tensor | float = 0.0,
 ) -> Tensor:
-    """Mean over comparisons of what each costs, in nats, from the logits [N] of all their responses in a row.
+    """What each of C comparisons costs, [C] in nats, from the logits [N] of all their responses in a row.
 
     That is the mean over its pairs, or with `config.loss` what its ranking costs as a whole; a soft label is one of a
     pair, always. The two penalties are added.
     """
     pairs = flat_pairs(comparisons)
     first, second = logits[pairs.first], logits[pairs.second]
-    weight, preference, strength = (logits.new_tensor(x) for x in (pairs.weight, pairs.preference, pairs.strength))
+    preference, strength = logits.new_tensor(pairs.preference), logits.new_tensor(pairs.strength)
+    each = config.center * centering_penalty(first, second)
     if config.loss == "pairs":
-        loss = weight @ pair_loss(first - second, preference, strength, config, tie_parameter)
-    else:
-        whole = {"plackett_luce": plackett_luce_loss, "best": best_loss}[config.loss]
-        each = zip(logits.split([len(c.responses) for c in comparisons]), comparisons, strict=True)
-        loss = torch.stack(
-            [
-                whole(those, c.ranks)
-                if c.preference is None
-                else bradley_terry_loss(those[0] - those[1], those.new_tensor(c.preference))
-                for those, c in each
-            ]
-        ).mean()
-    return loss + config.center * (weight @ centering_penalty(first, second)) + config.l2 * logits.square().mean()
+        each = each + pair_loss(first - second, preference, strength, config, tie_parameter)
+    of = torch.tensor(pairs.comparison, dtype=torch.int64, device=logits.device)
+    costs = logits.new_zeros(len(comparisons)).index_add(0, of, each * logits.new_tensor(pairs.share))
+    scores = logits.split([len(c.responses) for c in comparisons])
+    if config.loss != "pairs":
+        costs = costs + torch.stack([_whole(*one, config.loss) for one in zip(scores, comparisons, strict=True)])
+    if config.l2:
+        costs = costs + config.l2 * torch.stack([those.square().mean() for those in scores])
+    return costs
+
+
+def _whole(scores: Tensor, comparison: Comparison, loss: str) -> Tensor:
+    """What a ranking costs as a whole, from the scores [K] of its responses."""
+    if comparison.preference is not None:
+        return bradley_terry_loss(scores[0] - scores[1], scores.new_tensor(comparison.preference))
+    return (plackett_luce_loss if loss == "plackett_luce" else best_loss)(scores, comparison.ranks)
 
 
 def pair_loss(
@@ -278,7 +288,7 @@ class FlatPairs(NamedTuple):
     second: list[int]
     preference: list[float]  # for the first
     strength: list[float]  # 0 where it is not known
-    weight: list[float]  # such that each comparison weighs the same, and all 1
+    share: list[float]  # of its comparison, 1 / the number of its pairs
     comparison: list[int]  # the number of the one that each pair is of
 
 
@@ -288,14 +298,7 @@ def flat_pairs(comparisons: Sequence[Comparison]) -> FlatPairs:
     for number, c in enumerate(comparisons):
         pairs = c.pairs
         for i, j, y in pairs:
-            row: tuple[Any, ...] = (
-                offset + i,
-                offset + j,
-                y,
-                c.strength or 0.0,
-                1 / (len(pairs) * len(comparisons)),
-                number,
-            )
+            row: tuple[Any, ...] = (offset + i, offset + j, y, c.strength or 0.0, 1 / len(pairs), number)
             for column, value in zip(found, row, strict=True):
                 column.append(value)
         offset += len(c.responses)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import fields
 
 from torch import Tensor, nn
 
+from rlhf_env.errors import ConfigError
 from rlhf_env.models.adapters import adapt, without_adapters
 from rlhf_env.models.descent import descend
 from rlhf_env.models.freezing import freeze_layers
 from rlhf_env.reward_models.classifier import ClassifierReward
 from rlhf_env.settings import BradleyTerryConfig
+
+_OPTIONS = ("loss", "ties", "tie_parameter", "margin", "label_smoothing", "flip_rate", "center", "l2")
+
+
+def require_taken(config: BradleyTerryConfig, who: str, takes: Collection[str]) -> None:
+    """Raise `ConfigError` where `config` asks for something of the loss that `who` does not know."""
+    usual = {field.name: field.default for field in fields(config)}
+    if other := [name for name in _OPTIONS if name not in takes and getattr(config, name) != usual[name]]:
+        raise ConfigError(f"{who} knows nothing of {' and '.join(other)}: leave it out")
 
 
 def learn(

@@ -105,14 +105,14 @@ def fit_linear(
         raise DataError(f"no word occurs in {least_count} responses: there is nothing to learn from")
     table, pairs = _Counts.of(responses, vocabulary, longest), flat_pairs(comparisons)
     preference = torch.tensor(pairs.preference, dtype=torch.float64)
-    weight = torch.tensor(pairs.weight, dtype=torch.float64) * len(comparisons)
+    share = torch.tensor(pairs.share, dtype=torch.float64)
     w = torch.zeros(len(vocabulary), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([w], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-6)
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         logits = table.times(w)
-        value = weight @ bradley_terry_loss(logits[pairs.first] - logits[pairs.second], preference)
+        value = share @ bradley_terry_loss(logits[pairs.first] - logits[pairs.second], preference)
         value = value + l2 / 2 * w.square().sum()
         value.backward()
         return value

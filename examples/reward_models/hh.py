@@ -5,7 +5,7 @@
 
 FILE holds comparisons in any form that is read, say Anthropic's hh-rlhf. Each model learns five times from four fifths
 of the prompts and is measured on the last fifth, so that every comparison is predicted once by a model that never saw
-its prompt. A body (a Hugging Face folder) counts twice: frozen, where only what lies after its blocks learns, and tuned.
+its prompt. A body (a Hugging Face folder) has two rows: frozen, where what lies after its blocks learns, and tuned.
 """
 
 from __future__ import annotations
