@@ -117,8 +117,14 @@ class ClassifierReward:
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         """Token ids of what is read of each response: its own tokenizer's, at most `max_length`."""
-        texts = responses if self.of == "response" else map("".join, zip(prompts, responses, strict=True))
-        return [self._encode(text) for text in texts]
+        texts = list(responses if self.of == "response" else map("".join, zip(prompts, responses, strict=True)))
+        if not texts:
+            return []
+        try:
+            rows = self._ids(texts)
+        except Exception:  # the Rust tokenizers raise bare Exception; one by one shows which text it was
+            return [self._encode(text) for text in texts]
+        return [row or self._encode(text) for row, text in zip(rows, texts, strict=True)]
 
     def reduce(self, logits: Tensor) -> Tensor:
         """The one number that is made of a text's logits, [B, L] → [B]: one of them, or what the head says."""
@@ -130,11 +136,9 @@ class ClassifierReward:
 
     def read(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """All logits [B, L] of rows of token ids, with gradient; float32 even where the weights are less precise."""
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self._pad or 0, dtype=torch.int64)
-        mask = torch.zeros(len(rows), width, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        width, pad = max(map(len, rows)), self._pad or 0
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+        mask = (torch.arange(width) < torch.tensor([[len(row)] for row in rows])).long()
         device = self.model.device
         logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         return logits if logits.dtype == torch.float64 else logits.float()
@@ -159,12 +163,16 @@ class ClassifierReward:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, truncation=True, max_length=self.max_length, split_special_tokens=True)[
+            "input_ids"
+        ]
+
     def _encode(self, text: str) -> list[int]:
         try:
-            encoded = self.tokenizer(text, truncation=True, max_length=self.max_length, split_special_tokens=True)
-        except Exception as error:  # the Rust tokenizers raise bare Exception
+            (ids,) = self._ids([text])
+        except Exception as error:
             raise RewardError(f"the reward model's tokenizer cannot read {text[:60]!r}: {error}") from error
-        ids = encoded["input_ids"]
         if not ids:  # an empty response still needs a score
             ids = [t for t in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if t is not None][:1]
         if not ids:

@@ -33,7 +33,7 @@ class Membership:
     labelers: tuple[str, ...]  #: [A]
     posterior: NDArray[np.float64]  #: of each group given all that a labeler said, [A, G]
     weights: NDArray[np.float64]  #: share of each group among the labelers, [G]
-    log_likelihood: float  #: of all judgements under the mixture, in nats; it rises from round to round
+    log_likelihood: float  #: of the judgements asked, which were not learned from, in nats
 
 
 def responsibilities(log_likelihood: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,8 +83,11 @@ def fit_mixture(
     """Expectation–maximisation for the groups of the head `Groups`, yielding who belongs where after each round.
 
     A round lets every group's logit learn, for `config.epochs`, from each judgement as much as its labeler probably
-    belongs to the group, and then asks anew where labelers belong. At first that is drawn by `seed`. Comparisons
-    without a labeler are each a labeler of their own. Like every mixture it may end in a local optimum: compare the
+    belongs to the group, and then asks anew where labelers belong. At first all learn alike, and the labelers are split
+    by how well that one score predicts them, so that those whom it serves badly begin together. What is learned from
+    is half of what each labeler said, and what is asked is the other half: a network learns the judgements of
+    whom it is given by heart, and would find every guess confirmed. At last it learns from all. Comparisons without a
+    labeler are each a labeler of their own. Like every mixture it may end in a local optimum: compare the
     `log_likelihood` of several seeds. The head keeps the groups' weights.
     """
     require_learnable(comparisons, config)
@@ -93,18 +96,34 @@ def fit_mixture(
     head = _groups(reward)
     who = [c.labeler or f"#{i}" for i, c in enumerate(comparisons)]
     labelers, of = np.unique(who, return_inverse=True)
-    drawn = np.random.default_rng([seed, _STREAM]).permutation(len(labelers)) % len(head.names)
-    posterior = np.eye(len(head.names))[drawn]
-    for number in range(rounds):
-        for _ in _fit_weighted(reward, comparisons, posterior[of], config, seed + number):
+    order = np.random.default_rng([seed, _STREAM]).permutation(len(of))
+    order = order[np.argsort(of[order], kind="stable")]
+    learned, asked = order[::2], order[1::2]  # about half of what each labeler said
+    known = [comparisons[i] for i in learned]
+
+    def said(belongs: NDArray[np.float64], number: int) -> NDArray[np.float64]:
+        """Log-likelihood [A, G] of what was not learned from, after learning from the rest."""
+        for _ in _fit_weighted(reward, known, belongs[of[learned]], config, seed + number):
             pass
-        said = np.zeros_like(posterior)
-        np.add.at(said, of, -_costs(reward, comparisons, BradleyTerryConfig(loss=config.loss)))
-        weights = posterior.mean(0)
-        found, likelihood = responsibilities(torch.from_numpy(said), torch.from_numpy(weights))
+        costs = _costs(reward, [comparisons[i] for i in asked], BradleyTerryConfig(loss=config.loss))
+        found = np.zeros((len(labelers), len(head.names)))
+        np.add.at(found, of[asked], -costs)
+        return found
+
+    count = len(head.names)
+    alike = said(np.full((len(labelers), count), 1 / count), 0).mean(1)
+    common = alike / np.bincount(of[asked], minlength=len(labelers)).clip(1)
+    posterior = np.eye(count)[np.argsort(np.argsort(common)) * count // len(labelers)]
+    for number in range(1, rounds + 1):
+        found, likelihood = responsibilities(
+            torch.from_numpy(said(posterior, number)), torch.from_numpy(posterior.mean(0))
+        )
         posterior = found.numpy()
-        weights = posterior.mean(0)
-        reward.head = head = replace(head, weights=tuple((weights / weights.sum()).tolist()))
+        weights = posterior.mean(0) / posterior.mean(0).sum()
+        reward.head = replace(head, weights=tuple(weights.tolist()))
+        if number == rounds:
+            for _ in _fit_weighted(reward, comparisons, posterior[of], config, seed + rounds + 1):
+                pass
         yield Membership(tuple(labelers.tolist()), posterior, weights, float(likelihood.sum()))
 
 
