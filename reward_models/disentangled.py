@@ -1,6 +1,6 @@
 """Quality apart from length: two heads predict preferences together, and only one of them may know the length.
 
-Chen et al. 2024 (ODIN), arXiv 2402.07319, eq. 4 to 8. People often prefer the longer of two responses, reward models
+Chen et al. 2024 (ODIN), arXiv 2402.07319. People often prefer the longer of two responses, reward models
 learn that, and policies then write at length. The score of the head `Disentangled` is that of the quality head alone.
 """
 
@@ -26,8 +26,9 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
 
 
 def length_penalty(quality: Tensor, length_score: Tensor, lengths: Tensor) -> Tensor:
-    """|ρ(quality, length)| − ρ(length score, length), from [N] responses of a batch: −1 at best, where all length is in
-    the length head and none in the other.
+    """abs ρ(quality, length) − ρ(length score, length), from [N] responses of a batch.
+
+    −1 at best, where all length is in the length head and none in the other.
     """
     return correlation(quality, lengths).abs() - correlation(length_score, lengths)
 
@@ -41,9 +42,9 @@ def fit_disentangled(
     orthogonal: float = 1.0,
     seed: int = 0,
 ) -> Iterator[dict[str, float]]:
-    """Minimise `comparison_costs` of the sum of both heads, plus `of_length` times `length_penalty`, plus `orthogonal`
-    times |cos| of the heads' weights; yields metrics per step.
+    """Minimise `comparison_costs` of the sum of both heads with two penalties, yielding metrics per step.
 
+    They are `of_length` times `length_penalty`, and `orthogonal` times the absolute cosine of the heads' weights.
     Lengths are in characters of the response. A correlation needs a batch: of few responses it is mostly chance.
     """
     if not isinstance(reward.head, Disentangled):

@@ -91,7 +91,7 @@ def fit_linear(
 ) -> LinearReward:
     """The logistic regression of preferences on differences of n-gram counts: convex, so it has one optimum.
 
-    Σ over comparisons of the mean `bradley_terry_loss` of their pairs + l2/2 · |w|², minimised by L-BFGS until nothing
+    Σ over comparisons of the mean `bradley_terry_loss` of their pairs + l2/2 · Σ w², minimised by L-BFGS until nothing
     changes or for `steps`. N-grams of up to `longest` words that occur in at least `least_count` responses count.
     """
     if not comparisons:

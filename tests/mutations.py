@@ -1674,8 +1674,8 @@ MUTATIONS = [
     Mutation(
         "padding is attended to",
         "reward_models/classifier.py",
-        "mask = torch.zeros(len(rows), width",
-        "mask = torch.ones(len(rows), width",
+        "(torch.arange(width) < torch.tensor([[len(row)] for row in rows])).long()",
+        "torch.ones_like(ids)",
         CLASSIFIER,
     ),
     Mutation(

@@ -14,7 +14,7 @@ from rlhf_env.reward_models import load_reward
 from rlhf_env.reward_models.bradley_terry import new_reward_model
 from rlhf_env.reward_models.classifier import ClassifierReward
 from rlhf_env.reward_models.groups import annotators, fit_annotators, fit_mixture, responsibilities
-from rlhf_env.reward_models.heads import Groups
+from rlhf_env.reward_models.heads import Disentangled, Groups, MeanVariance
 from rlhf_env.settings import BradleyTerryConfig
 from rlhf_env.types import Comparison
 from tests.reward_models.test_bradley_terry import write_body
@@ -107,6 +107,16 @@ def test_groups_are_compared_on_one_scale_saved_and_the_same_in_a_new_process(bo
     assert said.stdout.split() == [x.hex() for x in reward.score(["p "] * 4, texts).tolist()]
     with pytest.raises(ConfigError, match="leave out the label 'a'"):
         load_reward(f"{tmp_path}:a")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("head", [TWO, MeanVariance(risk=1.0), Disentangled()], ids=lambda head: type(head).__name__)
+def test_a_score_depends_on_no_batch_mate_and_no_padding(tmp_path, family, head):
+    texts = ["good", "", "a much longer response than the others are", "x"]
+    reward = new_reward_model(write_body(tmp_path, family), head=head, dtype=torch.float64)
+    together = reward.score([""] * 4, texts)
+    np.testing.assert_allclose(together, [reward.score([""], [text])[0] for text in texts], rtol=1e-12)
+    assert len(set(together.round(9))) == 4
 
 
 @pytest.mark.parametrize(
