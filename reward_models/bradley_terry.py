@@ -10,23 +10,38 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_env.errors import ConfigError, DataError, RewardError, TokenizerError
 from rlhf_env.functional import bradley_terry_loss
-from rlhf_env.models.descent import descend
+from rlhf_env.preference_losses import (
+    best_loss,
+    centering_penalty,
+    davidson,
+    less_margin,
+    outcome_loss,
+    plackett_luce_loss,
+    rao_kupper,
+    smoothed,
+    unflipped,
+)
 from rlhf_env.preferences.reward_metrics import measure_logits
 from rlhf_env.reward_models.classifier import ClassifierReward, padding_token
+from rlhf_env.reward_models.heads import Head, stored
+from rlhf_env.reward_models.learning import learn
 from rlhf_env.settings import BradleyTerryConfig
 from rlhf_env.text.codec import Codec
 from rlhf_env.types import Comparison
 
 __all__ = ["BradleyTerryConfig", "fit_comparisons", "measure_comparisons", "new_reward_model", "usable"]
+
+_STRIDE = 30  # Adam's steps are of the learning rate's size, and a number that ties depend on has a longer way to go
 
 
 def new_reward_model(
@@ -37,12 +52,14 @@ def new_reward_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     max_length: int | None = None,
+    head: Head | None = None,
 ) -> ClassifierReward:
-    """A reward model to be trained: `body`, any Hugging Face folder or hub name, with a fresh head of one logit.
+    """A reward model to be trained: `body`, any Hugging Face folder or hub name, with a fresh head.
 
-    Head weights are drawn from N(0, 1/(d + 1)) for an input of width d (Stiennon et al. 2020), by `seed`
-    alone; biases are 0 and dropout is off. Weights are read from safetensors only. Raises `ConfigError` where weights
-    other than the head's are missing, and `TokenizerError` where the tokenizer is not the body's or cannot pad.
+    It has one logit, or those of the `head`, one of `heads`. Its weights are drawn from N(0, 1/(d + 1)) for an input of
+    width d (Stiennon et al. 2020), by `seed` alone; biases are 0 and dropout is off. Weights are read from safetensors
+    only. Raises `ConfigError` where weights other than the head's are missing, and `TokenizerError` where the tokenizer
+    is not the body's or cannot pad.
     """
     name = str(body)
     folder = Path(body)
@@ -51,7 +68,7 @@ def new_reward_model(
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(f"{name} is not a Hugging Face model folder: it has no config.json")
     try:
-        model, absent = _load(name, dtype)
+        model, absent = _load(name, dtype, head)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -82,7 +99,7 @@ def usable(reward: ClassifierReward, comparisons: Sequence[Comparison]) -> tuple
     Where all responses become the same tokens, say because only their beginnings differ and were cut off, every score
     difference is 0 and so is the gradient.
     """
-    kept = [c for c in comparisons if len(set(map(tuple, _rows(reward, c)))) > 1]
+    kept = [c for c in comparisons if len(set(map(tuple, rows_of(reward, c)))) > 1]
     if not kept:
         raise DataError(
             f"of {len(comparisons)} comparisons none has responses that differ in the {reward.max_length} tokens which "
@@ -98,27 +115,118 @@ def fit_comparisons(
     *,
     seed: int = 0,
 ) -> Iterator[dict[str, float]]:
-    """Minimise the mean over comparisons of the mean `bradley_terry_loss` of their pairs, yielding metrics per step.
+    """Minimise the mean of `comparison_costs`, yielding metrics per step.
 
     Every response is read once per epoch, and all pairs of a ranking of K learn from its K logits (Ouyang et al. 2022,
-    eq. 1): as separate comparisons they overfit within one epoch. `loss` is in nats per pair, `accuracy` that of the
-    batch before the step, over pairs that are no tie. The order depends on `seed` and the epoch.
+    eq. 1): as separate comparisons they overfit within one epoch. `loss` is in nats per pair (or per ranking),
+    `accuracy` that of the batch before the step, over pairs that are no tie. The order depends on `seed` and the epoch.
     """
-    if not comparisons:
-        raise DataError("there are no comparisons to learn from")
-    rows = [_rows(reward, comparison) for comparison in comparisons]
+    require_learnable(comparisons, config)
+    rows = [rows_of(reward, comparison) for comparison in comparisons]
+    ties = TieParameter(config)
 
     def loss_of(batch: list[int]) -> tuple[Tensor, dict[str, float]]:
         logits = reward.forward([row for i in batch for row in rows[i]])
-        difference, preference, weight = _pairs([comparisons[i] for i in batch], logits)
-        right = _right(difference.detach().double().cpu().numpy(), preference.double().cpu().numpy())
-        accuracy = {"accuracy": float(right.mean())} if len(right) else {}
-        return (weight * bradley_terry_loss(difference, preference)).sum(), accuracy
+        those = [comparisons[i] for i in batch]
+        costs = comparison_costs(logits, those, config, ties.value)
+        return costs.mean(), accuracy_of(logits, those) | ties.learned
 
-    yield from descend([p for p in reward.model.parameters() if p.requires_grad], len(rows), loss_of, config, seed)
+    yield from learn(reward, len(rows), loss_of, config, seed, beside=ties.parameters)
 
 
-def measure_comparisons(reward: ClassifierReward, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def require_learnable(comparisons: Sequence[Comparison], config: BradleyTerryConfig) -> None:
+    """Raise `DataError` where there is nothing to learn from, or not what `config` asks for."""
+    if not comparisons:
+        raise DataError("there are no comparisons to learn from")
+    if config.margin and all(c.strength is None for c in comparisons):
+        raise DataError("margin is in units of a comparison's strength, and of these comparisons none has one")
+
+
+def comparison_costs(
+    logits: Tensor,
+    comparisons: Sequence[Comparison],
+    config: BradleyTerryConfig = BradleyTerryConfig(),  # noqa: B008 (frozen)
+    tie_parameter: Tensor | float = 0.0,
+) -> Tensor:
+    """What each of C comparisons costs, [C] in nats, from the logits [N] of all their responses in a row.
+
+    That is the mean over its pairs, or with `config.loss` what its ranking costs as a whole; a soft label is one of a
+    pair, always. The two penalties are added.
+    """
+    pairs = flat_pairs(comparisons)
+    first, second = logits[pairs.first], logits[pairs.second]
+    preference, strength = logits.new_tensor(pairs.preference), logits.new_tensor(pairs.strength)
+    each = config.center * centering_penalty(first, second)
+    if config.loss == "pairs":
+        each = each + pair_loss(first - second, preference, strength, config, tie_parameter)
+    of = torch.tensor(pairs.comparison, dtype=torch.int64, device=logits.device)
+    costs = logits.new_zeros(len(comparisons)).index_add(0, of, each * logits.new_tensor(pairs.share))
+    scores = logits.split([len(c.responses) for c in comparisons])
+    if config.loss != "pairs":
+        costs = costs + torch.stack([_whole(*one, config.loss) for one in zip(scores, comparisons, strict=True)])
+    if config.l2:
+        costs = costs + config.l2 * torch.stack([those.square().mean() for those in scores])
+    return costs
+
+
+def _whole(scores: Tensor, comparison: Comparison, loss: str) -> Tensor:
+    """What a ranking costs as a whole, from the scores [K] of its responses."""
+    if comparison.preference is not None:
+        return bradley_terry_loss(scores[0] - scores[1], scores.new_tensor(comparison.preference))
+    return (plackett_luce_loss if loss == "plackett_luce" else best_loss)(scores, comparison.ranks)
+
+
+def pair_loss(
+    difference: Tensor,
+    preference: Tensor,
+    strength: Tensor,
+    config: BradleyTerryConfig,
+    tie_parameter: Tensor | float = 0.0,
+) -> Tensor:
+    """What pairs cost, elementwise: `bradley_terry_loss` with the margin, the noise and the ties of `config`."""
+    d = less_margin(difference, preference, config.margin * strength)
+    target = unflipped(smoothed(preference, config.label_smoothing), config.flip_rate)
+    match config.ties:
+        case "davidson":
+            return outcome_loss(davidson(d, tie_parameter), preference, target)
+        case "rao_kupper":
+            return outcome_loss(rao_kupper(d, tie_parameter), preference, target)
+        case _:
+            return bradley_terry_loss(d, target)
+
+
+class TieParameter:
+    """Davidson's ν or Rao and Kupper's θ: given, or learned from where equals are tied in one of three cases, ν = 1."""
+
+    def __init__(self, config: BradleyTerryConfig) -> None:
+        self._least = 1.0 if config.ties == "rao_kupper" else 0.0
+        self._given = config.tie_parameter
+        self.parameters = []  # what is learned: log(ν) or log(θ − 1), divided by _STRIDE
+        if config.ties != "half" and self._given is None:
+            self.parameters = [nn.Parameter(torch.zeros((), dtype=torch.float64))]
+
+    @property
+    def value(self) -> Tensor | float:
+        """ν or θ, with gradient where it is learned."""
+        if self.parameters:
+            return self._least + (_STRIDE * self.parameters[0]).exp()
+        return self._least if self._given is None else self._given
+
+    @property
+    def learned(self) -> dict[str, float]:
+        """A metric, where it is learned."""
+        return {"tie_parameter": float(torch.as_tensor(self.value).detach())} if self.parameters else {}
+
+
+class HasLogits(Protocol):
+    """What can be measured on comparisons."""
+
+    def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
+        """A number for each response, [B], whose differences predict preferences."""
+        ...
+
+
+def measure_comparisons(reward: HasLogits, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """How well the logits predict comparisons that were not learned from; plain numbers and lists, ready for JSON.
 
     accuracy     share of pairs, ties left out, whose preferred response has the higher logit (half where they are
@@ -139,23 +247,40 @@ def measure_comparisons(reward: ClassifierReward, comparisons: Sequence[Comparis
     return measure_logits(comparisons, np.split(logits, np.cumsum([len(c.responses) for c in comparisons])[:-1]))
 
 
-def _rows(reward: ClassifierReward, comparison: Comparison) -> list[list[int]]:
+def rows_of(reward: ClassifierReward, comparison: Comparison) -> list[list[int]]:
+    """Token ids of what is read of each response."""
     return reward.encode([comparison.prompt] * len(comparison.responses), comparison.responses)
 
 
-def _pairs(comparisons: Sequence[Comparison], logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all pairs: logit difference, preference and weight, such that each comparison weighs the same and all 1."""
-    first, second, preference, weight = [], [], [], []
-    offset = 0
-    for comparison in comparisons:
-        pairs = comparison.pairs
+class FlatPairs(NamedTuple):
+    """All pairs of several comparisons, by the numbers that their responses have in a row."""
+
+    first: list[int]
+    second: list[int]
+    preference: list[float]  # for the first
+    strength: list[float]  # 0 where it is not known
+    share: list[float]  # of its comparison, 1 / the number of its pairs
+    comparison: list[int]  # the number of the one that each pair is of
+
+
+def flat_pairs(comparisons: Sequence[Comparison]) -> FlatPairs:
+    """The pairs of different responses of all comparisons."""
+    found, offset = FlatPairs([], [], [], [], [], []), 0
+    for number, c in enumerate(comparisons):
+        pairs = c.pairs
         for i, j, y in pairs:
-            first.append(offset + i)
-            second.append(offset + j)
-            preference.append(y)
-            weight.append(1 / (len(pairs) * len(comparisons)))
-        offset += len(comparison.responses)
-    return logits[first] - logits[second], logits.new_tensor(preference), logits.new_tensor(weight)
+            row: tuple[Any, ...] = (offset + i, offset + j, y, c.strength or 0.0, 1 / len(pairs), number)
+            for column, value in zip(found, row, strict=True):
+                column.append(value)
+        offset += len(c.responses)
+    return found
+
+
+def accuracy_of(logits: Tensor, comparisons: Sequence[Comparison]) -> dict[str, float]:
+    """The share of pairs, ties left out, that logits [N] of all responses in a row predict right; empty for none."""
+    pairs, known = flat_pairs(comparisons), logits.detach().double().cpu().numpy()
+    right = _right(known[pairs.first] - known[pairs.second], np.array(pairs.preference))
+    return {"accuracy": float(right.mean())} if len(right) else {}
 
 
 def _right(difference: np.ndarray, preference: np.ndarray) -> np.ndarray:
@@ -164,12 +289,14 @@ def _right(difference: np.ndarray, preference: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * np.sign(lead)
 
 
-def _load(name: str, dtype: torch.dtype) -> tuple[Any, set[str]]:
-    """A classifier of one logit without dropout, and the weights that it did not find."""
-    config = AutoConfig.from_pretrained(name, num_labels=1)
+def _load(name: str, dtype: torch.dtype, head: Head | None) -> tuple[Any, set[str]]:
+    """A classifier without dropout that has the logits of `head`, and the weights that it did not find."""
+    labels = ("reward",) if head is None else head.labels
+    config = AutoConfig.from_pretrained(name, num_labels=len(labels))
+    config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
     config.update({k: 0.0 for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)})
     # A body that was a reward model before brings the normaliser of a head that is replaced.
-    config.update({"reward_mean": 0.0, "reward_std": 1.0, "reward_max_length": None})
+    config.update({"reward_mean": 0.0, "reward_std": 1.0, "reward_max_length": None} | stored(head))
     log = logging.getLogger("transformers.modeling_utils")
     log.addFilter(_is_no_report)
     try:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_env.errors import ConfigError, RewardError
+from rlhf_env.reward_models.heads import head_of, stored
 from rlhf_env.reward_models.normalise import moments
 
 
@@ -25,7 +26,8 @@ class ClassifierReward:
     the head would be random. `label` (name or index) chooses among several logits. `of="text"` scores prompt and
     response as one text, `of="response"` the response alone. Texts longer than `max_length` tokens lose their
     beginning. A model that `save_pretrained` wrote keeps `of`, `max_length`, mean and std in its config.json; where
-    nothing is said, these are "text", what model and tokenizer allow, 0 and 1.
+    nothing is said, these are "text", what model and tokenizer allow, 0 and 1. One of the `heads` may make the logit
+    of several; config.json says which.
     """
 
     def __init__(
@@ -64,7 +66,10 @@ class ClassifierReward:
         self.model = model.eval()  # and it stays so: dropout would make the score depend on chance
         self.tokenizer = tokenizer
         tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
-        self.label = _label_index(model.config, label)
+        self.head = head_of(model.config)
+        self.label = _label_index(model.config, label) if self.head is None else None
+        if self.head is not None and label is not None:
+            raise ConfigError(f"all logits of this reward model make its score: leave out the label {label!r}")
         self.of = of or getattr(model.config, "reward_of", "text")
         if self.of not in ("text", "response"):
             raise ConfigError(f"of must be 'text' or 'response', got {self.of!r}")
@@ -98,29 +103,45 @@ class ClassifierReward:
 
     def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
         """The classifier's own number for each text, [B], before any normalisation."""
+        return self.reduce(torch.from_numpy(self.all_logits(prompts, responses))).numpy()
+
+    def all_logits(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
+        """Everything that the classifier says of each text, [B, L]."""
         rows = [tuple(row) for row in self.encode(prompts, responses)]
         distinct = sorted(dict.fromkeys(rows), key=len)  # little padding per batch, and equal texts score exactly alike
-        known: dict[tuple[int, ...], float] = {}
+        known: dict[tuple[int, ...], list[float]] = {}
         for start in range(0, len(distinct), self.batch_size):
             batch = distinct[start : start + self.batch_size]
             with torch.inference_mode():
-                known |= zip(batch, self.forward(batch).tolist(), strict=True)
+                known |= zip(batch, self.read(batch).tolist(), strict=True)
         return np.array([known[row] for row in rows], dtype=np.float64)
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         """Token ids of what is read of each response: its own tokenizer's, at most `max_length`."""
-        texts = responses if self.of == "response" else map("".join, zip(prompts, responses, strict=True))
-        return [self._encode(text) for text in texts]
+        texts = list(responses if self.of == "response" else map("".join, zip(prompts, responses, strict=True)))
+        if not texts:
+            return []
+        try:
+            rows = self._ids(texts)
+        except Exception:  # the Rust tokenizers raise bare Exception; one by one shows which text it was
+            return [self._encode(text) for text in texts]
+        return [row or self._encode(text) for row, text in zip(rows, texts, strict=True)]
+
+    def reduce(self, logits: Tensor) -> Tensor:
+        """The one number that is made of a text's logits, [B, L] → [B]: one of them, or what the head says."""
+        return logits[:, self.label] if self.head is None else self.head.reduce(logits)
 
     def forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [B] of rows of token ids, with gradient; in float32 even where the weights are of less precision."""
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self._pad or 0, dtype=torch.int64)
-        mask = torch.zeros(len(rows), width, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        """Logits [B] of rows of token ids, with gradient."""
+        return self.reduce(self.read(rows))
+
+    def read(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """All logits [B, L] of rows of token ids, with gradient; float32 even where the weights are less precise."""
+        width, pad = max(map(len, rows)), self._pad or 0
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+        mask = (torch.arange(width) < torch.tensor([[len(row)] for row in rows])).long()
         device = self.model.device
-        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, self.label]
+        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def normalize_on(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[float, float]:
@@ -129,23 +150,30 @@ class ClassifierReward:
         Of a reference's responses, so that β means the same for every reward model (Ziegler et al. 2019, arXiv
         1909.08593, §2).
         """
-        mean, std = moments(self.logits(prompts, responses), "logit")
+        every = self.all_logits(prompts, responses)
+        if self.head is not None and len(every) > 1 and np.isfinite(every).all():
+            self.head = self.head.settled(torch.from_numpy(every))
+        mean, std = moments(self.reduce(torch.from_numpy(every)).numpy(), "logit")
         self.model.config.update({"reward_mean": mean, "reward_std": std})
         return mean, std
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face folder (safetensors, tokenizer), mean and std in its config.json."""
-        stored = {"mean": self.mean, "std": self.std, "of": self.of, "max_length": self.max_length}
-        self.model.config.update({f"reward_{name}": value for name, value in stored.items()})
+        told = {"mean": self.mean, "std": self.std, "of": self.of, "max_length": self.max_length}
+        self.model.config.update({f"reward_{name}": value for name, value in told.items()} | stored(self.head))
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, truncation=True, max_length=self.max_length, split_special_tokens=True)[
+            "input_ids"
+        ]
+
     def _encode(self, text: str) -> list[int]:
         try:
-            encoded = self.tokenizer(text, truncation=True, max_length=self.max_length, split_special_tokens=True)
-        except Exception as error:  # the Rust tokenizers raise bare Exception
+            (ids,) = self._ids([text])
+        except Exception as error:
             raise RewardError(f"the reward model's tokenizer cannot read {text[:60]!r}: {error}") from error
-        ids = encoded["input_ids"]
         if not ids:  # an empty response still needs a score
             ids = [t for t in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if t is not None][:1]
         if not ids:

@@ -14,6 +14,7 @@ import torch
 
 from rlhf_env.errors import ConfigError
 from rlhf_env.http import is_url
+from rlhf_env.records.jsonl import read_json
 from rlhf_env.types import RewardModel
 
 SUFFIXES = (".yaml", ".yml", ".json")  # of recipes
@@ -55,9 +56,7 @@ def _load(spec: str, device: torch.device | str, inside: tuple[Path, ...]) -> An
     head, _, tail = spec.rpartition(":")
     for folder, label in ((spec, None), (head, tail)):
         if folder and (Path(folder) / "config.json").is_file():
-            from rlhf_env.reward_models.classifier import ClassifierReward
-
-            return ClassifierReward(folder, label=label, device=device)
+            return _saved(folder, label, device)
     if spec.endswith(SUFFIXES):
         raise ConfigError(f"there is no file {spec!r}, by its name a recipe of a reward")
     if spec and Path(spec).is_dir():
@@ -71,6 +70,19 @@ def _load(spec: str, device: torch.device | str, inside: tuple[Path, ...]) -> An
         "'module:Class', the folder of a sequence classifier, the URL of a reward server, a recipe FILE.yaml, and "
         "several of them with commas between"
     )
+
+
+def _saved(folder: str, label: str | None, device: torch.device | str) -> RewardModel:
+    """The reward model in a folder, of the `reward_kind` that its config.json says; of none, a plain classifier."""
+    if read_json(Path(folder) / "config.json").get("reward_kind") == "linear":
+        from rlhf_env.reward_models.linear import LinearReward
+
+        if label is not None:
+            raise ConfigError(f"the linear reward model {folder} has no labels: leave out {label!r}")
+        return LinearReward.load(folder)
+    from rlhf_env.reward_models.classifier import ClassifierReward
+
+    return ClassifierReward(folder, label=label, device=device)
 
 
 def _imported(module_name: str, name: str) -> Any:

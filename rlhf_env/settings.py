@@ -55,9 +55,43 @@ class BradleyTerryConfig:
     epochs: int = 2  #: passes over the comparisons
     batch_size: int = 32  #: comparisons per gradient step
     weight_decay: float = 0.01  #: of AdamW
+    loss: Literal["pairs", "plackett_luce", "best"] = "pairs"  #: what counts of a ranking: pairs, all of it, its best
+    ties: Literal["half", "davidson", "rao_kupper"] = "half"  #: a tie is half a win for each, or a third outcome
+    tie_parameter: float | None = None  #: Davidson's ν > 0 or Rao and Kupper's θ > 1; none: learned
+    margin: float = 0.0  #: logits by which the preferred is to lead, per unit of a comparison's strength
+    label_smoothing: float = 0.0  #: every label is believed with 1 − this only, whether or not labels err
+    flip_rate: float = 0.0  #: known share of labels that were turned over, corrected so that the mean loss is unbiased
+    center: float = 0.0  #: weight of (r_i + r_j)², which keeps the logits of a pair around 0; 0.01 is common
+    l2: float = 0.0  #: weight of the mean squared logit
+    freeze_layers: int = 0  #: keep the embeddings and this many of the first blocks as they are
+    lora_rank: int = 0  #: learn the head and adapters of this rank, merged into the body at the end; 0: no adapters
 
     def __post_init__(self) -> None:
         _require_step_sizes(self)
+        require(self, margin=(0, None), center=(0, None), l2=(0, None), freeze_layers=(0, None), lora_rank=(0, None))
+        for name in ("label_smoothing", "flip_rate"):
+            if not 0 <= (rate := getattr(self, name)) < 0.5:
+                raise ConfigError(f"{name} must be at least 0 and below 0.5, where labels say nothing; it is {rate}")
+        for name, known in (("loss", ("pairs", "plackett_luce", "best")), ("ties", tuple(_LEAST_TIE))):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}; it is {value!r}")
+        if self.label_smoothing and self.flip_rate:
+            raise ConfigError(
+                "label_smoothing doubts the labels and flip_rate undoes known flips: at equal rates they cancel out; "
+                "leave one of them out"
+            )
+        if self.loss != "pairs" and (told := [name for name in _OF_PAIRS if getattr(self, name) != _OF_PAIRS[name]]):
+            raise ConfigError(f"{' and '.join(told)} say what a pair costs: they need loss=pairs, not {self.loss}")
+        least = _LEAST_TIE[self.ties]
+        if self.tie_parameter is not None and (least is None or not least < self.tie_parameter < math.inf):
+            need = "needs ties=davidson or rao_kupper" if least is None else f"of {self.ties} must be above {least}"
+            raise ConfigError(f"tie_parameter {need}, it is {self.tie_parameter}")
+        if self.freeze_layers and self.lora_rank:
+            raise ConfigError("lora_rank keeps the whole body as it is already: leave freeze_layers out")
+
+
+_LEAST_TIE = {"half": None, "davidson": 0, "rao_kupper": 1}
+_OF_PAIRS = {"ties": "half", "margin": 0.0, "label_smoothing": 0.0, "flip_rate": 0.0}
 
 
 @dataclass(frozen=True)

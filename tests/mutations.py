@@ -43,6 +43,9 @@ SB3_BUFFER = "tests/agents/test_sb3_buffer.py"
 SB3_POLICY = "tests/agents/test_sb3_policy.py"
 CLASSIFIER = "tests/reward_models/test_classifier.py"
 EVALUATE = "tests/training/test_evaluate.py"
+PREFERENCE_LOSSES = "tests/test_preference_losses.py"
+GROUPS = "tests/reward_models/test_groups.py"
+LINEAR = "tests/reward_models/test_linear.py"
 BRADLEY_TERRY = "tests/reward_models/test_bradley_terry.py"
 SFT = "tests/models/test_sft.py"
 RUN_SFT = "tests/training/test_sft.py"
@@ -1282,6 +1285,76 @@ MUTATIONS = [
         classic=True,
     ),
     Mutation(
+        "Plackett–Luce chooses among all at every place",
+        "rlhf_env/preference_losses.py",
+        "torch.logaddexp(among, below) - tied.sum()",
+        "torch.logaddexp(among, scores.logsumexp(0)) - tied.sum()",
+        f"{PREFERENCE_LOSSES}::test_a_ranking_of_three_by_hand",
+    ),
+    Mutation(
+        "a ranking is read from the worst on",
+        "rlhf_env/preference_losses.py",
+        "sorted(set(ranks), reverse=True)",
+        "sorted(set(ranks))",
+        f"{PREFERENCE_LOSSES}::test_a_ranking_of_three_by_hand",
+    ),
+    Mutation(
+        "Davidson's tie knows the difference",
+        "rlhf_env/preference_losses.py",
+        "[half, tie, -half]",
+        "[half, tie + half, -half]",
+        f"{PREFERENCE_LOSSES}::test_davidson_by_hand",
+    ),
+    Mutation(
+        "Rao and Kupper's tie has the wrong factor",
+        "rlhf_env/preference_losses.py",
+        "(ratio.square() - 1).log()",
+        "(ratio - 1).log()",
+        f"{PREFERENCE_LOSSES}::test_the_three_outcomes_sum_to_one_and_turn_with_the_order",
+    ),
+    Mutation(
+        "flips are corrected in the direction of smoothing",
+        "rlhf_env/preference_losses.py",
+        "return (preference - rate) / (1 - 2 * rate)",
+        "return (preference + rate) / (1 + 2 * rate)",
+        f"{PREFERENCE_LOSSES}::test_the_correction_for_flips_is_unbiased",
+    ),
+    Mutation(
+        "a margin helps the first, whoever is preferred",
+        "rlhf_env/preference_losses.py",
+        "return difference - margin * (2 * preference - 1).sign()",
+        "return difference - margin",
+        f"{PREFERENCE_LOSSES}::test_margins_by_hand",
+    ),
+    Mutation(
+        "variances are added as deviations",
+        "rlhf_env/preference_losses.py",
+        "z = difference / variance.sqrt()",
+        "z = difference / variance",
+        f"{PREFERENCE_LOSSES}::test_the_probit_by_hand",
+    ),
+    Mutation(
+        "the groups' shares do not count in the E-step",
+        "reward_models/groups.py",
+        "joint = log_likelihood + weights.log()",
+        "joint = log_likelihood",
+        f"{GROUPS}::test_the_e_step_by_hand",
+    ),
+    Mutation(
+        "the best group speaks for all",
+        "reward_models/heads.py",
+        "return scores.amin(-1)",
+        "return scores.amax(-1)",
+        f"{GROUPS}::test_the_least_and_the_mean_by_hand",
+    ),
+    Mutation(
+        "the linear model is not held back",
+        "reward_models/linear.py",
+        "value + l2 / 2 * w.square().sum()",
+        "value + l2 / 20 * w.square().sum()",
+        f"{LINEAR}::test_one_word_that_decides_has_the_weight_of_logistic_regression",
+    ),
+    Mutation(
         "DPO forgets the reference",
         "rlhf_env/functional.py",
         "return masked_sum(logp - ref_logp, mask, dim=1)",
@@ -1629,8 +1702,8 @@ MUTATIONS = [
     Mutation(
         "padding is attended to",
         "reward_models/classifier.py",
-        "mask = torch.zeros(len(rows), width",
-        "mask = torch.ones(len(rows), width",
+        "(torch.arange(width) < torch.tensor([[len(row)] for row in rows])).long()",
+        "torch.ones_like(ids)",
         CLASSIFIER,
     ),
     Mutation(
@@ -1672,8 +1745,8 @@ MUTATIONS = [
     Mutation(
         "what is rejected is preferred",
         "reward_models/bradley_terry.py",
-        "return logits[first] - logits[second],",
-        "return logits[second] - logits[first],",
+        "first, second = logits[pairs.first], logits[pairs.second]",
+        "second, first = logits[pairs.first], logits[pairs.second]",
         f"{BRADLEY_TERRY}::test_two_responses_give_the_plain_bradley_terry_loss",
     ),
     # --- fine-tuning

@@ -137,6 +137,28 @@ def test_constitution_runs_a_model_of_ones_own(example, shared_data, tmp_path):
     assert re.fullmatch(r"\d of 8 pairs judged; \d+ of 16 replies unparsed", lines[-1])
 
 
+def test_hh_prints_baselines_and_bodies_for_any_comparisons(example, tmp_path):
+    rows = [{"prompt": f"{i} ", "chosen": "a good one" + " x" * (i % 3), "rejected": "a bad one"} for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = example("reward_models/hh.py", tmp_path / "pairs.jsonl", "--folds", 2, "--epochs", 1)
+    found = {" ".join(row[:2]): percent(next(word for word in row if word.endswith("%"))) for row in lines[1:]}
+    assert list(found) == ["longer wins", "shorter wins", "linear in", "small transformer"]
+    assert found["longer wins"] == 1 and found["shorter wins"] == 0 and found["linear in"] > 0.9
+
+
+def test_mixed_annotators_rank_by_borda_and_are_told_apart(example):
+    lines = example("reward_models/mixed_annotators.py", "--populations", 20, "--each", 40)
+    borda, utility = int(lines[0][5]), int(lines[0][9])
+    assert borda == 20 > utility
+    assert lines[-1][-2:] != lines[-2][-2:] and len(lines) == 7
+
+
+def test_kwise_prints_a_row_for_each_way(example):
+    lines = example("reward_models/kwise.py", "--rankings", 40, "--epochs", 1, "--seeds", 0)
+    names = [" ".join(row[:3]) for row in lines[2:]]
+    assert names[0] == "all pairs of" and names[2:] == ["the best of", "pairs torn apart", "best against worst"]
+
+
 @pytest.mark.slow
 def test_stories_leaves_a_run_for_each_agent(example, shared_data, tmp_path):
     model = shared_data / "models" / "stories260k-llama"

@@ -64,6 +64,37 @@ def test_how_something_is_learned(kind, name, wrong, right):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"margin": -1.0}, "BradleyTerry needs margin of at least 0, it is -1.0"),
+        ({"center": math.inf}, "needs center of at least 0, it is inf"),
+        ({"l2": -0.1}, "needs l2 of at least 0"),
+        ({"freeze_layers": -1}, "needs freeze_layers of at least 0"),
+        ({"lora_rank": -1}, "needs lora_rank of at least 0"),
+        ({"label_smoothing": 0.5}, "label_smoothing must be at least 0 and below 0.5, .* it is 0.5"),
+        ({"flip_rate": math.nan}, "flip_rate must be .* it is nan"),
+        ({"label_smoothing": 0.1, "flip_rate": 0.1}, "at equal rates they cancel out; leave one of them out"),
+        ({"loss": "best", "margin": 1.0}, "margin say what a pair costs: they need loss=pairs, not best"),
+        ({"loss": "plackett_luce", "ties": "davidson", "flip_rate": 0.1}, "ties and flip_rate say what a pair costs"),
+        ({"tie_parameter": 1.0}, "tie_parameter needs ties=davidson or rao_kupper, it is 1.0"),
+        ({"ties": "davidson", "tie_parameter": 0.0}, "of davidson must be above 0, it is 0.0"),
+        ({"ties": "rao_kupper", "tie_parameter": 1.0}, "of rao_kupper must be above 1, it is 1.0"),
+        ({"loss": "pair"}, "loss must be one of pairs, plackett_luce, best; it is 'pair'"),
+        ({"ties": "none"}, "ties must be one of half, davidson, rao_kupper; it is 'none'"),
+        ({"freeze_layers": 1, "lora_rank": 2}, "leave freeze_layers out"),
+    ],
+)
+def test_what_makes_no_sense_of_comparisons_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        BradleyTerryConfig(**change)
+
+
+def test_what_goes_together_of_comparisons():
+    BradleyTerryConfig(ties="rao_kupper", tie_parameter=1.5, margin=1.0, label_smoothing=0.1, center=0.01, l2=0.1)
+    BradleyTerryConfig(loss="plackett_luce", center=0.01, lora_rank=4)
+
+
+@pytest.mark.parametrize(
     ("name", "wrong", "right"),
     [
         ("temperature", [-0.1, math.nan, math.inf], [0.0, 5.0]),

@@ -21,10 +21,20 @@ def add_lora(
 ) -> CausalLM:
     """Freeze the body of `policy` and put adapters of `rank` into it, so that only they and the value head learn.
 
+    `policy` itself is changed, and returned; how, and with which errors, says `adapt`.
+    """
+    adapt(policy.model, rank=rank, alpha=alpha, targets=targets, seed=seed)
+    policy.value_head.requires_grad_(True)
+    return policy
+
+
+def adapt(model: nn.Module, *, rank: int, alpha: int, targets: Sequence[str] | None = None, seed: int = 0) -> None:
+    """Freeze a Hugging Face model and put adapters of `rank` into it.
+
     Each linear layer whose name ends in one of `targets` (default: all but the output layer) becomes
     W x + alpha/rank · B A x, with A random by `seed` and B = 0, so that nothing changes at first (Hu et al. 2021,
-    arXiv 2106.09685, eq. 3). `policy` itself is changed, and returned. Adapters of a half-precision body are float32.
-    Raises `ConfigError` where peft is missing, a target is not there, or there are adapters already.
+    arXiv 2106.09685, eq. 3). Adapters of a half-precision body are float32. Raises `ConfigError` where peft is
+    missing, a target is not there, or there are adapters already.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -32,9 +42,9 @@ def add_lora(
         raise ConfigError("LoRA needs peft, which is not installed: pip install 'rlhf-env[lora]'") from error
     if rank < 1 or alpha < 1:
         raise ConfigError(f"rank and alpha must be at least 1, got rank={rank}, alpha={alpha}")
-    if any(_adapted(policy.model)):
-        raise ConfigError("this policy has adapters already")
-    layers = _linear_layers(policy.model)
+    if any(_adapted(model)):
+        raise ConfigError("this model has adapters already")
+    layers = _linear_layers(model)
     for target in targets or ():
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
@@ -45,12 +55,10 @@ def add_lora(
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, fan_in_fan_out=conv1d)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, policy.model)
-    for parameter in policy.model.parameters():
+        inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()  # steps of a small learning rate vanish in half precision
-    policy.value_head.requires_grad_(True)
-    return policy
 
 
 def without_adapters(model: nn.Module, *, merge: bool = False) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -23,6 +23,7 @@ from rlhf_env.http import is_url
 from rlhf_env.models.adapters import same_weights, without_adapters
 from rlhf_env.models.blocks import Begun, Body
 from rlhf_env.models.decoding import BlockDecoder, CachedDecoder, FullContextDecoder, keeps_only_keys_and_values
+from rlhf_env.models.freezing import freeze_layers, layers_of
 from rlhf_env.models.reading import action_log_probs, evaluate_states, response_log_probs
 from rlhf_env.models.sharding import is_part, is_spread, spread
 from rlhf_env.text.codec import Codec
@@ -146,13 +147,7 @@ class CausalLM(nn.Module):
 
     def freeze_layers(self, k: int) -> Self:
         """Keep the embeddings and the first `k` blocks as they are."""
-        blocks = self._blocks()
-        if not 0 <= k <= len(blocks):
-            raise ConfigError(f"cannot freeze {k} of {len(blocks)} layers")
-        if k > 0:
-            embeddings = [m for m in self.model.modules() if isinstance(m, nn.Embedding)]
-            for module in [*embeddings, *blocks[:k]]:
-                module.requires_grad_(False)
+        freeze_layers(self.model, k)
         return self
 
     def checkpoint_gradients(self) -> Self:
@@ -178,7 +173,7 @@ class CausalLM(nn.Module):
                 "only the weights of families that are run block by block can be spread, without gradient "
                 "checkpointing and without adapters"
             )
-        spread(self.model, self._blocks(), self.device)
+        spread(self.model, layers_of(self.model), self.device)
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -380,13 +375,6 @@ class CausalLM(nn.Module):
                 if hook.__module__ == "transformers.utils.output_capturing":
                     del module._forward_hooks[number]
         return {**vars(self), "_modules": {**self._modules, "model": model}}
-
-    def _blocks(self) -> Sequence[nn.Module]:
-        count = self.model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
-        for module in self.model.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == count:
-                return list(module)
-        raise ConfigError(f"cannot find the {count} layers of {type(self.model).__name__}")
 
 
 def parse_dtype(name: str) -> torch.dtype:

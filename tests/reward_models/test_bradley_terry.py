@@ -3,6 +3,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,103 @@ def test_a_soft_label_is_the_target_and_a_strength_is_none(body):
     hard = [Comparison("p ", ("good", "bad"), (1, 0), strength=strength) for strength in (None, 5)]
     losses = [first_step(new_reward_model(body), [c])["loss"] for c in hard]
     assert losses[0] == losses[1]
+
+
+# What each option makes of the loss of ("good", "bad"), from their logits a and b.
+OPTIONS = {
+    "strength": ({"margin": 0.5}, lambda a, b: log1pexp(b - a + 0.5 * 3)),
+    "smoothing": ({"label_smoothing": 0.1}, lambda a, b: 0.9 * log1pexp(b - a) + 0.1 * log1pexp(a - b)),
+    "flips": ({"flip_rate": 0.1}, lambda a, b: (0.9 * log1pexp(b - a) - 0.1 * log1pexp(a - b)) / 0.8),
+    "both": ({"margin": 1, "label_smoothing": 0.2}, lambda a, b: log1pexp(b - a + 3) * 0.8 + log1pexp(a - b - 3) * 0.2),
+    "center": ({"center": 0.3}, lambda a, b: log1pexp(b - a) + 0.3 * (a + b) ** 2),
+    "l2": ({"l2": 0.3}, lambda a, b: log1pexp(b - a) + 0.15 * (a * a + b * b)),
+    "davidson": ({"ties": "davidson"}, lambda a, b: math.log(1 + math.exp((b - a) / 2) + math.exp(b - a))),
+    "rao_kupper": ({"ties": "rao_kupper"}, lambda a, b: log1pexp(b - a + math.log(2))),
+    "given": ({"ties": "rao_kupper", "tie_parameter": 3.0}, lambda a, b: log1pexp(b - a + math.log(3))),
+    "plackett_luce": ({"loss": "plackett_luce"}, lambda a, b: log1pexp(b - a)),
+    "best": ({"loss": "best"}, lambda a, b: log1pexp(b - a)),
+}
+
+
+@pytest.mark.parametrize(("settings", "expected"), OPTIONS.values(), ids=OPTIONS)
+def test_every_option_is_in_the_loss(body, settings, expected):
+    reward = new_reward_model(body, dtype=torch.float64)
+    a, b = reward.logits(["p ", "p "], ["good", "bad"])
+    row = next(fit_comparisons(reward, [replace(pair("good", "bad"), strength=3)], BradleyTerryConfig(**settings)))
+    assert row["loss"] == pytest.approx(expected(a, b))
+    assert row.get("tie_parameter") == {"davidson": 1, "rao_kupper": 2}.get(
+        None if "tie_parameter" in settings else settings.get("ties")
+    )
+
+
+@pytest.mark.parametrize("loss", ["plackett_luce", "best"])
+def test_a_ranking_as_a_whole_and_a_soft_label_weigh_the_same(body, loss):
+    reward = new_reward_model(body, dtype=torch.float64)
+    a, b, c = reward.logits(["p "] * 3, ["good", "bad", "so so"])
+    ranking = Comparison("p ", ("good", "bad", "so so"), (1, 0, 2))
+    soft = Comparison("p ", ("good", "bad"), (1, 0), preference=0.3)
+    whole = math.log(math.exp(a) + math.exp(b) + math.exp(c)) - b
+    if loss == "plackett_luce":
+        whole += log1pexp(c - a)
+    row = next(fit_comparisons(reward, [ranking, soft], BradleyTerryConfig(loss=loss)))
+    assert row["loss"] == pytest.approx((whole + 0.3 * log1pexp(b - a) + 0.7 * log1pexp(a - b)) / 2)
+
+
+def test_a_margin_needs_strengths(body):
+    with pytest.raises(DataError, match="of these comparisons none has one"):
+        next(fit_comparisons(new_reward_model(body), [pair("good", "bad")], BradleyTerryConfig(margin=1)))
+
+
+def test_how_often_equals_tie_is_learned(body):
+    """Of six judgements of two texts four are ties and one each way: d = 0, ν/(2 + ν) = 4/6, ν = 4; and θ = 5."""
+    judged = [Comparison("p ", ("good", "bad"), ranks) for ranks in [(0, 0)] * 4 + [(0, 1), (1, 0)]]
+    for ties, expected in (("davidson", 4), ("rao_kupper", 5)):
+        reward = new_reward_model(body)
+        config = BradleyTerryConfig(ties=ties, epochs=60, learning_rate=5e-3, weight_decay=0)
+        *_, row = fit_comparisons(reward, judged, config)
+        assert row["tie_parameter"] == pytest.approx(expected, rel=0.02)
+        assert abs(np.diff(reward.logits(["p ", "p "], ["good", "bad"]))[0]) < 0.1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_frozen_layers_stay_and_the_rest_learns(tmp_path, family):
+    reward = new_reward_model(write_body(tmp_path, family, n_layer=2))
+    before = {name: p.detach().clone() for name, p in reward.model.named_parameters()}
+    list(fit_comparisons(reward, toy(8, 0), BradleyTerryConfig(freeze_layers=1)))
+    same = {name for name, p in reward.model.named_parameters() if torch.equal(p, before[name])}
+    kept = {name for name in before if ".0." in name or "wte" in name or "wpe" in name or "embed" in name}
+    # A constant in front of a head without bias is the same for both of a pair.
+    assert (
+        same - kept <= {"transformer.ln_f.bias"}
+        and kept <= same
+        and all(p.requires_grad for p in reward.model.parameters())
+    )
+    with pytest.raises(ConfigError, match="cannot freeze 3 of 2"):
+        next(fit_comparisons(reward, toy(8, 0), BradleyTerryConfig(freeze_layers=3)))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_adapters_learn_and_are_merged_into_an_ordinary_folder(tmp_path, family):
+    reward = new_reward_model(write_body(tmp_path / "body", family))
+    names, embedding = set(reward.model.state_dict()), reward.model.get_input_embeddings().weight.detach().clone()
+    config = BradleyTerryConfig(lora_rank=4, learning_rate=1e-2, epochs=6, batch_size=16)
+    list(fit_comparisons(reward, toy(64, 0), config))
+    assert set(reward.model.state_dict()) == names and all(p.requires_grad for p in reward.model.parameters())
+    assert torch.equal(reward.model.get_input_embeddings().weight, embedding)
+    assert measure_comparisons(reward, toy(50, 1))["accuracy"] > 0.7
+    reward.save_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(
+        ClassifierReward(tmp_path / "saved").logits([""] * 4, WORDS), reward.logits([""] * 4, WORDS)
+    )
+
+
+def test_learning_that_is_broken_off_leaves_no_adapters(body):
+    reward = new_reward_model(body)
+    names, steps = set(reward.model.state_dict()), fit_comparisons(reward, toy(8, 0), BradleyTerryConfig(lora_rank=2))
+    next(steps)
+    assert set(reward.model.state_dict()) != names
+    steps.close()
+    assert set(reward.model.state_dict()) == names
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

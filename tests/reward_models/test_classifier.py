@@ -230,6 +230,8 @@ def test_what_was_learned_of_is_kept_with_the_weights_and_an_argument_wins(tmp_p
         "reward_std": std,
         "reward_of": "response",
         "reward_max_length": 5,
+        "reward_kind": "label",
+        "reward_head": {},
     }
     again = ClassifierReward(tmp_path / "saved")
     np.testing.assert_allclose(again.score(["p"], ["longer"]), (alone(model, "onger") - mean) / std, atol=1e-5)

@@ -14,7 +14,7 @@ from rlhf_env.errors import ConfigError, DataError, RewardError
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.preferences.comparisons import write_comparisons
 from rlhf_env.preferences.splits import split_by_prompt
-from rlhf_env.records.config import build, read_layer
+from rlhf_env.records.config import Layer, build, override_layer, read_layer, to_dict
 from rlhf_env.records.run import Run
 from rlhf_env.reward_models import ClassifierReward, load_reward
 from rlhf_env.reward_models.bradley_terry import new_reward_model
@@ -100,6 +100,13 @@ def learned(monkeypatch) -> list[Comparison]:
 def alone(config: RewardConfig) -> RewardConfig:
     """Without a reference and without gold: the comparisons are all there is."""
     return replace(config, reference=None, prompts=None, gold=None)
+
+
+def test_the_loss_is_a_setting_of_the_run(config, tmp_path):
+    typed = override_layer(["fit.loss=plackett_luce", "fit.l2=0.01"])
+    chosen = build(RewardConfig, Layer("test", to_dict(alone(config))), typed)
+    assert (chosen.fit.loss, chosen.fit.l2) == ("plackett_luce", 0.01)
+    assert run_reward(chosen, tmp_path / "run")["accuracy"] > 0.5
 
 
 def test_a_run_leaves_settings_metrics_summary_and_a_reward_model(config, made):

@@ -1,0 +1,164 @@
+"""People who want different things: a score for each of them, or for groups of them that are found on the way.
+
+One score for all answers to mixed judgements with a compromise that may be nobody's (by Borda count, where everything
+is compared equally often; Siththaranjan et al. 2024, arXiv 2312.08358, theorem 3.1). With the head `Groups` a model has
+a logit for each group, on one body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlhf_env.errors import ConfigError, DataError
+from rlhf_env.reward_models.bradley_terry import comparison_costs, require_learnable, rows_of
+from rlhf_env.reward_models.classifier import ClassifierReward
+from rlhf_env.reward_models.heads import Groups
+from rlhf_env.reward_models.learning import learn, require_taken
+from rlhf_env.settings import BradleyTerryConfig
+from rlhf_env.types import Comparison
+
+_STREAM = 11
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Which group each labeler belongs to, in probability."""
+
+    labelers: tuple[str, ...]  #: [A]
+    posterior: NDArray[np.float64]  #: of each group given all that a labeler said, [A, G]
+    weights: NDArray[np.float64]  #: share of each group among the labelers, [G]
+    log_likelihood: float  #: of the judgements asked, which were not learned from, in nats
+
+
+def responsibilities(log_likelihood: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """P(group | what a labeler said), [A, G], and log P of what each said, [A]: the E-step of a mixture.
+
+    From the log-likelihood [A, G] of a labeler's judgements under each group, and the groups' `weights` [G]. Dempster,
+    Laird & Rubin 1977; for reward models Chakraborty et al. 2024 (MaxMin-RLHF), arXiv 2402.08925, algorithm 2.
+    """
+    joint = log_likelihood + weights.log()
+    return joint.softmax(-1), joint.logsumexp(-1)
+
+
+def annotators(comparisons: Sequence[Comparison], aggregate: str = "min") -> Groups:
+    """The head with a logit for each labeler, who weighs as much as the judgements that are theirs."""
+    names, counts = np.unique([c.labeler for c in comparisons], return_counts=True)
+    if "" in names:
+        raise DataError("a model for each labeler needs comparisons that say who judged; some do not")
+    return Groups(tuple(names.tolist()), tuple((counts / counts.sum()).tolist()), aggregate)  # type: ignore[arg-type]
+
+
+def fit_annotators(
+    reward: ClassifierReward,
+    comparisons: Sequence[Comparison],
+    config: BradleyTerryConfig = BradleyTerryConfig(),  # noqa: B008 (frozen)
+    *,
+    seed: int = 0,
+) -> Iterator[dict[str, float]]:
+    """Each labeler's logit learns from their own judgements, the body from all; yields metrics per step.
+
+    `reward` has the head that `annotators` makes. Raises `DataError` for a labeler whom it does not know.
+    """
+    names = _groups(reward).names
+    if unknown := sorted({c.labeler for c in comparisons} - set(names)):
+        raise DataError(f"the model has no logit for {', '.join(map(repr, unknown[:5]))}")
+    belongs = np.array([[name == c.labeler for name in names] for c in comparisons])
+    yield from _fit_weighted(reward, comparisons, belongs, config, seed)
+
+
+def fit_mixture(
+    reward: ClassifierReward,
+    comparisons: Sequence[Comparison],
+    config: BradleyTerryConfig = BradleyTerryConfig(),  # noqa: B008 (frozen)
+    *,
+    rounds: int = 5,
+    seed: int = 0,
+) -> Iterator[Membership]:
+    """Expectation–maximisation for the groups of the head `Groups`, yielding who belongs where after each round.
+
+    A round lets every group's logit learn, for `config.epochs`, from each judgement as much as its labeler probably
+    belongs to the group, and then asks anew where labelers belong. At first all learn alike, and the labelers are split
+    by how well that one score predicts them, so that those whom it serves badly begin together. What is learned from
+    is half of what each labeler said, and what is asked is the other half: a network learns the judgements of
+    whom it is given by heart, and would find every guess confirmed. At last it learns from all. Comparisons without a
+    labeler are each a labeler of their own. Like every mixture it may end in a local optimum: compare the
+    `log_likelihood` of several seeds. The head keeps the groups' weights.
+    """
+    require_learnable(comparisons, config)
+    if rounds < 1:
+        raise ConfigError(f"rounds must be at least 1, got {rounds}")
+    head = _groups(reward)
+    who = [c.labeler or f"#{i}" for i, c in enumerate(comparisons)]
+    labelers, of = np.unique(who, return_inverse=True)
+    order = np.random.default_rng([seed, _STREAM]).permutation(len(of))
+    order = order[np.argsort(of[order], kind="stable")]
+    learned, asked = order[::2], order[1::2]  # about half of what each labeler said
+    known = [comparisons[i] for i in learned]
+
+    def said(belongs: NDArray[np.float64], number: int) -> NDArray[np.float64]:
+        """Log-likelihood [A, G] of what was not learned from, after learning from the rest."""
+        for _ in _fit_weighted(reward, known, belongs[of[learned]], config, seed + number):
+            pass
+        costs = _costs(reward, [comparisons[i] for i in asked], BradleyTerryConfig(loss=config.loss))
+        found = np.zeros((len(labelers), len(head.names)))
+        np.add.at(found, of[asked], -costs)
+        return found
+
+    count = len(head.names)
+    alike = said(np.full((len(labelers), count), 1 / count), 0).mean(1)
+    common = alike / np.bincount(of[asked], minlength=len(labelers)).clip(1)
+    posterior = np.eye(count)[np.argsort(np.argsort(common)) * count // len(labelers)]
+    for number in range(1, rounds + 1):
+        found, likelihood = responsibilities(
+            torch.from_numpy(said(posterior, number)), torch.from_numpy(posterior.mean(0))
+        )
+        posterior = found.numpy()
+        weights = posterior.mean(0) / posterior.mean(0).sum()
+        reward.head = replace(head, weights=tuple(weights.tolist()))
+        if number == rounds:
+            for _ in _fit_weighted(reward, comparisons, posterior[of], config, seed + rounds + 1):
+                pass
+        yield Membership(tuple(labelers.tolist()), posterior, weights, float(likelihood.sum()))
+
+
+def _groups(reward: ClassifierReward) -> Groups:
+    if not isinstance(reward.head, Groups):
+        raise ConfigError("a model of groups has the head Groups: new_reward_model(body, head=Groups(...))")
+    return reward.head
+
+
+def _fit_weighted(
+    reward: ClassifierReward,
+    comparisons: Sequence[Comparison],
+    belongs: NDArray[np.generic],
+    config: BradleyTerryConfig,
+    seed: int,
+) -> Iterator[dict[str, float]]:
+    """Minimise the mean over comparisons of Σ_g belongs[c, g] · cost under g; `belongs` [N, G]."""
+    require_learnable(comparisons, config)
+    takes = ("loss", "margin", "label_smoothing", "flip_rate", "center", "l2")
+    require_taken(config, "a model of groups", takes)
+    rows, table = [rows_of(reward, c) for c in comparisons], torch.from_numpy(belongs.astype(np.float64))
+
+    def loss_of(batch: list[int]) -> tuple[Tensor, dict[str, float]]:
+        logits = reward.read([row for i in batch for row in rows[i]])
+        those = [comparisons[i] for i in batch]
+        costs = torch.stack([comparison_costs(column, those, config) for column in logits.unbind(-1)], -1)
+        return (table[batch].to(costs) * costs).sum(-1).mean(), {}
+
+    yield from learn(reward, len(rows), loss_of, config, seed)
+
+
+def _costs(
+    reward: ClassifierReward, comparisons: Sequence[Comparison], config: BradleyTerryConfig
+) -> NDArray[np.float64]:
+    """What each comparison costs under each group, [N, G] in nats."""
+    asked = [c.prompt for c in comparisons for _ in c.responses]
+    logits = torch.from_numpy(reward.all_logits(asked, [response for c in comparisons for response in c.responses]))
+    return torch.stack([comparison_costs(column, comparisons, config) for column in logits.unbind(-1)], -1).numpy()
