@@ -1850,7 +1850,7 @@ MUTATIONS = [
     # --- the pipeline
     Mutation(
         "prompts to evaluate on are compared and trained on",
-        "rlhf_env/training/pipeline.py",
+        "rlhf_env/training/stages.py",
         'for name, texts in (("train", prompts),',
         'for name, texts in (("train", [*prompts, *eval_prompts]),',
         f"{PIPELINE}::test_prompts_to_evaluate_on_are_met_in_no_stage_before",
@@ -1871,15 +1871,15 @@ MUTATIONS = [
     ),
     Mutation(
         "a stage that was interrupted counts as done",
-        "rlhf_env/training/pipeline.py",
-        "        if not Run(folder).finished:\n",
-        "        if not folder.exists():\n",
+        "rlhf_env/training/stages.py",
+        "    if Run(folder).finished:\n",
+        "    if folder.exists():\n",
         f"{PIPELINE}::test_interrupted_in_every_stage_it_becomes_the_pipeline_that_was_not",
     ),
     Mutation(
         "a pipeline is continued with other settings than it was begun with",
-        "rlhf_env/training/pipeline.py",
-        "        _require_same(out, stages, files)\n",
+        "rlhf_env/training/stages.py",
+        "        _require_same(type(config), out, stages, files, folders, whole)\n",
         "        pass\n",
         f"{PIPELINE}::test_what_a_stage_was_done_with_cannot_change",
     ),
