@@ -15,6 +15,7 @@ from rlhf_env.training.config import (
     EvaluateConfig,
     FineTuneConfig,
     GenerateConfig,
+    OnlineConfig,
     PipelineConfig,
     PreferConfig,
     RewardConfig,
@@ -31,6 +32,7 @@ def tiny(tmp_path_factory):
 COMMANDS = {
     "demo": None,
     "pipeline": PipelineConfig,
+    "online": OnlineConfig,
     "sft": FineTuneConfig,
     "prefer": PreferConfig,
     "reward": RewardConfig,

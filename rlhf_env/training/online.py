@@ -59,15 +59,15 @@ _ROUND = {
 
 #: The columns of the table of rounds.
 COLUMNS = {
-    "asked": "asked",
-    "kept": "kept",
-    "accuracy_pool": "accuracy on the pool",
-    "accuracy_new_pairs": "on new pairs",
-    "accuracy_held_out": "held out, refitted",
+    "asked": "labels asked",
+    "kept": "labels kept",
+    "accuracy_pool": "accuracy, pool",
+    "accuracy_new_pairs": "accuracy, new pairs",
+    "accuracy_held_out": "accuracy, refitted",
     "proxy_before": "score before",
-    "proxy_after": "after",
+    "proxy_after": "score after",
     "gold_before": "gold before",
-    "gold_after": "after ",
+    "gold_after": "gold after",
     "kl": "KL, nats",
 }
 
