@@ -43,8 +43,7 @@ def fit(x: Array, y: Array, rng: np.random.Generator) -> Array:
 def run(rule: Rule, seed: int, scale: float) -> list[tuple[float, float]]:
     """Accuracy and share of the best gold after each round."""
     world, rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
-    gold = scale * world.normal(size=FEATURES) / np.sqrt(FEATURES)
-    new = world.normal(size=(2000, RESPONSES, FEATURES))
+    gold, new = scale * world.normal(size=FEATURES) / FEATURES**0.5, world.normal(size=(2000, RESPONSES, FEATURES))
     differences, answers, w, found = [], [], rng.normal(size=(MEMBERS, FEATURES)) / np.sqrt(RIDGE), []
     for _ in range(ROUNDS):
         pool = world.normal(size=(PROMPTS, RESPONSES, FEATURES))
@@ -63,11 +62,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--scales", type=float, nargs="+", default=[2.0, 6.0], help="standard deviations of gold")
     args = parser.parse_args()
-    print(
-        "| scale | rule | labels | accuracy | less that of uniform | gold of its best | labels for 90 % |\n"
-        + "|---" * 7
-        + "|"
-    )
+    print("| scale | rule | labels | accuracy | less uniform's | gold of best | for 90 % |", "|---" * 7 + "|", sep="\n")
     for scale in args.scales:
         results = {rule: np.array([run(rule, seed, scale) for seed in range(args.seeds)]) for rule in get_args(Rule)}
         for rule, found in results.items():  # [seeds, rounds, 2]

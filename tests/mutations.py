@@ -1996,7 +1996,7 @@ MUTATIONS = [
         "rlhf_env/training/querying.py",
         "start=config.start * k,",
         "start=0,",
-        f"{ONLINE}::test_a_pool_has_the_responses_and_what_every_member_says_of_them",
+        f"{ONLINE}::test_a_pool_begins_where_the_one_before_it_ended",
     ),
     Mutation(
         "labels that were not given count as kept",

@@ -176,6 +176,15 @@ def test_a_pool_has_the_responses_and_what_every_member_says_of_them(config, str
     assert [row["responses"] for row in first] != [row["responses"] for row in rows]
 
 
+def test_a_pool_begins_where_the_one_before_it_ended(config, straight, tmp_path):
+    stage = next(s for s in plan(config, straight.path) if s.name == "round-0/pool").config
+    querying.run_pool(replace(stage, start=18), tmp_path / "second")
+    querying.run_pool(replace(stage, size=36), tmp_path / "both")
+    both = rows_of(tmp_path / "both/pool.jsonl")
+    assert rows_of(tmp_path / "second/pool.jsonl") == both[18:]
+    assert rows_of(straight.path / "round-0/pool/pool.jsonl") == both[:18]
+
+
 def test_what_is_asked_are_the_pairs_that_the_rule_chooses(straight):
     rows = rows_of(straight.path / "round-1/pool/pool.jsonl")
     asked = read_comparisons(straight.path / "round-1/labels/comparisons.jsonl")
