@@ -87,7 +87,7 @@ def run_online(config: OnlineConfig, out: str | Path, *, watch: Watch | None = N
         eval_prompts = load_prompts(config.eval_prompts)
     stages = plan(config, out)
     _check_inputs(config, stages, prompts, eval_prompts)
-    there = sorted(str(path.relative_to(out)) for path in out.glob("round-*/*"))
+    there = sorted(str(path.relative_to(out)) for path in out.glob("round-*/*") if path.is_dir())
     run = begin(config, out, stages, prompts, eval_prompts, folders=there, whole="loop")
     rounds = _write_rounds(out, config.rounds)
     for stage in stages:
