@@ -60,7 +60,9 @@ UTILITIES = "tests/preferences/test_utilities.py"
 POPULATIONS = "tests/preferences/test_populations.py"
 JUDGE = "tests/preferences/test_judge.py"
 CONSTITUTION = "tests/preferences/test_constitution.py"
+QUERIES = "tests/preferences/test_queries.py"
 PREFER = "tests/training/test_prefer.py"
+ONLINE = "tests/training/test_online.py"
 PIPELINE = "tests/training/test_pipeline.py"
 PAGE = "tests/report/test_page.py"
 RUN = "tests/training/test_run.py"
@@ -2077,7 +2079,7 @@ MUTATIONS = [
     # --- the pipeline
     Mutation(
         "prompts to evaluate on are compared and trained on",
-        "rlhf_env/training/pipeline.py",
+        "rlhf_env/training/stages.py",
         'for name, texts in (("train", prompts),',
         'for name, texts in (("train", [*prompts, *eval_prompts]),',
         f"{PIPELINE}::test_prompts_to_evaluate_on_are_met_in_no_stage_before",
@@ -2098,15 +2100,15 @@ MUTATIONS = [
     ),
     Mutation(
         "a stage that was interrupted counts as done",
-        "rlhf_env/training/pipeline.py",
-        "        if not Run(folder).finished:\n",
-        "        if not folder.exists():\n",
+        "rlhf_env/training/stages.py",
+        "    if Run(folder).finished:\n",
+        "    if folder.exists():\n",
         f"{PIPELINE}::test_interrupted_in_every_stage_it_becomes_the_pipeline_that_was_not",
     ),
     Mutation(
         "a pipeline is continued with other settings than it was begun with",
-        "rlhf_env/training/pipeline.py",
-        "        _require_same(out, stages, files)\n",
+        "rlhf_env/training/stages.py",
+        "        _require_same(type(config), out, stages, files, folders, whole)\n",
         "        pass\n",
         f"{PIPELINE}::test_what_a_stage_was_done_with_cannot_change",
     ),
@@ -2116,6 +2118,133 @@ MUTATIONS = [
         'interval(mean, "mean") for mean',
         'interval(mean, "gold") if "gold" in mean else decimal(mean["mean"]) for mean',
         "tests/cli/test_pipeline.py::test_a_table_of_seeds_has_means_with_students_t",
+    ),
+    # --- queries and the online loop
+    Mutation(
+        "disagreement is the deviation of scores, not of preferences",
+        "rlhf_env/preferences/queries.py",
+        "return _sigmoid(np.asarray(leads, dtype=np.float64)).std(0)",
+        "return np.asarray(leads, dtype=np.float64).std(0)",
+        f"{QUERIES}::test_two_members_with_opposite_minds_by_hand",
+    ),
+    Mutation(
+        "disagreement is that of a sample",
+        "rlhf_env/preferences/queries.py",
+        "dtype=np.float64)).std(0)",
+        "dtype=np.float64)).std(0, ddof=1)",
+        f"{QUERIES}::test_two_members_with_opposite_minds_by_hand",
+    ),
+    Mutation(
+        "entropy is the mean of the members' entropies",
+        "rlhf_env/preferences/queries.py",
+        "return _entropy(_sigmoid(leads).mean(0), _sigmoid(-leads).mean(0))",
+        "return _entropy(_sigmoid(leads), _sigmoid(-leads)).mean(0)",
+        f"{QUERIES}::test_three_members_by_hand",
+    ),
+    Mutation(
+        "entropy is that of the mean score",
+        "rlhf_env/preferences/queries.py",
+        "return _entropy(_sigmoid(leads).mean(0), _sigmoid(-leads).mean(0))",
+        "return _entropy(_sigmoid(leads.mean(0)), _sigmoid(-leads.mean(0)))",
+        f"{QUERIES}::test_three_members_by_hand",
+    ),
+    Mutation(
+        "BALD forgets what all members know to be chance",
+        "rlhf_env/preferences/queries.py",
+        "return np.maximum(predictive_entropy(leads) - expected, 0.0)",
+        "return np.maximum(predictive_entropy(leads), 0.0)",
+        f"{QUERIES}::test_entropy_seeks_coins_that_bald_and_disagreement_know_to_be_coins",
+    ),
+    Mutation(
+        "queries are the pairs that are worth least",
+        "rlhf_env/preferences/queries.py",
+        "order = np.lexsort((rng.random(prompts), -most))",
+        "order = np.lexsort((rng.random(prompts), most))",
+        f"{QUERIES}::test_the_best_pair_of_each_prompt_and_the_best_prompts_are_chosen",
+    ),
+    Mutation(
+        "of queries that are worth the same the first is chosen",
+        "rlhf_env/preferences/queries.py",
+        "order = np.lexsort((rng.random(prompts), -most))",
+        'order = np.argsort(-most, kind="stable")',
+        f"{QUERIES}::test_ties_are_broken_evenly",
+    ),
+    Mutation(
+        "identical texts are compared",
+        "rlhf_env/preferences/queries.py",
+        "        worth = np.where(may[:, i, j], worth, -np.inf)\n",
+        "",
+        f"{QUERIES}::test_identical_texts_are_never_compared",
+    ),
+    Mutation(
+        "double Thompson sampling draws one member for both responses",
+        "rlhf_env/preferences/queries.py",
+        "return int(_argmax(among[rng.integers(members)], rng))",
+        "return int(_argmax(among[0], rng))",
+        f"{QUERIES}::test_double_thompson_has_the_enumerated_probabilities",
+    ),
+    Mutation(
+        "double Thompson sampling draws once more than it should",
+        "rlhf_env/preferences/queries.py",
+        "for _ in range(draws):",
+        "for _ in range(draws + 1):",
+        f"{QUERIES}::test_double_thompson_has_the_enumerated_probabilities",
+    ),
+    Mutation(
+        "labels that rounding leaves over are lost",
+        "rlhf_env/preferences/queries.py",
+        "[: total - first - shares.sum()]] += 1",
+        "[:0]] += 1",
+        f"{QUERIES}::test_schedules_by_hand",
+    ),
+    Mutation(
+        "the hyperbolic schedule is the inverse quadratic one",
+        "rlhf_env/preferences/queries.py",
+        "lambda t: 1 / (1 + t),",
+        "lambda t: 1 / (1 + t**2),",
+        f"{QUERIES}::test_schedules_by_hand",
+    ),
+    Mutation(
+        "the online loop measures the ensemble that has learned the pairs already",
+        "rlhf_env/training/online.py",
+        'at("train/model", before), ensemble_of(before),',
+        'at("train/model", before), ensemble_of(number),',
+        f"{ONLINE}::test_each_round_starts_from_what_the_last_one_left",
+    ),
+    Mutation(
+        "the online loop's KL is that to the last round's policy",
+        "rlhf_env/training/online.py",
+        '{"policy": policy, "reference": config.policy, "prompts": train_prompts, "eval_prompts"',
+        '{"policy": policy, "reference": policy, "prompts": train_prompts, "eval_prompts"',
+        f"{ONLINE}::test_each_round_starts_from_what_the_last_one_left",
+    ),
+    Mutation(
+        "every round of the online loop samples with the same random numbers",
+        "rlhf_env/training/querying.py",
+        "start=config.start * k,",
+        "start=0,",
+        f"{ONLINE}::test_a_pool_begins_where_the_one_before_it_ended",
+    ),
+    Mutation(
+        "labels that were not given count as kept",
+        "rlhf_env/training/querying.py",
+        '"kept": len(comparisons),',
+        '"kept": len(chosen),',
+        f"{ONLINE}::test_a_label_that_is_not_given_is_counted_as_asked_and_not_kept",
+    ),
+    Mutation(
+        "members of an ensemble learn from what is held out",
+        "rlhf_env/training/querying.py",
+        '"learned": learned,',
+        '"learned": every,',
+        f"{ONLINE}::test_what_is_learned_from_is_never_measured_on",
+    ),
+    Mutation(
+        "a bag has every comparison once",
+        "rlhf_env/training/reward.py",
+        ".integers(len(learned), size=len(learned))",
+        ".permutation(len(learned))",
+        "tests/training/test_reward.py::test_bagging_learns_from_as_many_drawn_with_replacement_and_measures_on_the_same",
     ),
     # --- what is measured and shown
     Mutation(

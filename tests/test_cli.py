@@ -15,6 +15,7 @@ from rlhf_env.training.config import (
     EvaluateConfig,
     FineTuneConfig,
     GenerateConfig,
+    OnlineConfig,
     PipelineConfig,
     PreferConfig,
     RewardConfig,
@@ -32,6 +33,7 @@ def tiny(tmp_path_factory):
 COMMANDS = {
     "demo": None,
     "pipeline": PipelineConfig,
+    "online": OnlineConfig,
     "sft": FineTuneConfig,
     "prefer": PreferConfig,
     "reward": RewardConfig,

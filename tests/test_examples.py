@@ -6,15 +6,17 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 
 from rlhf_env.lab.grid import GridConfig, cells
+from rlhf_env.preferences.queries import Rule
 from rlhf_env.records.config import build, override_layer, read_layer, to_dict
 from rlhf_env.text.demonstrations import load_demonstrations
-from rlhf_env.training.config import PipelineConfig
+from rlhf_env.training.config import OnlineConfig, PipelineConfig
 from rlhf_env.training.pipeline import plan
 
 FOLDER = Path(__file__).parents[1] / "examples"
@@ -159,6 +161,14 @@ def test_kwise_prints_a_row_for_each_way(example):
     assert names[0] == "all pairs of" and names[2:] == ["the best of", "pairs torn apart", "best against worst"]
 
 
+def test_rules_that_know_what_they_do_not_know_need_fewer_labels(example):
+    rows = {(row[3], int(row[5])): row for row in example("query_selection.py", "--seeds", 6, "--scales", 6)[2:]}
+    assert len(rows) == 15 and {rule for rule, _ in rows} == {*get_args(Rule)}
+    for rule in ("disagreement", "bald"):
+        low = float(rows[rule, 96][11].strip("[,"))  # of the accuracy's difference to that of uniform
+        assert low > 0 and float(rows[rule, 96][7]) > float(rows["uniform", 192][7])
+
+
 @pytest.mark.slow
 def test_stories_leaves_a_run_for_each_agent(example, shared_data, tmp_path):
     model = shared_data / "models" / "stories260k-llama"
@@ -202,6 +212,24 @@ def planned(file: Path, *overrides: str) -> dict[str, dict]:
 )
 def test_every_pipeline_plans_its_stages(name, overrides, stages):
     assert list(planned(FOLDER / name, *overrides)) == stages
+
+
+def test_the_online_loop_goes_round(command, tmp_path):
+    small = ("rounds=2", "comparisons=40", "pool=30", "candidates=3", "reward.fit.epochs=1", "reward.normalize_on=32")
+    words = ("train.updates=2", "train.eval_episodes=16", "train.settings.batch_size=16", "env.max_new_tokens=8")
+    code, shown, err = command("online", FOLDER.joinpath("online.yaml"), "--out", tmp_path / "out", *small, *words)
+    assert code == 0, err
+    assert "40 labels, pairs chosen by bald" in shown and str(tmp_path / "out/round-1/train/model") in shown
+    found = [json.loads(line) for line in (tmp_path / "out/rounds.jsonl").read_text().splitlines()]
+    assert [row["asked"] for row in found] == [16, 24] and "accuracy_new_pairs" in found[1]
+
+
+def test_what_is_commented_out_in_the_online_loop_is_the_default(tmp_path):
+    text = FOLDER.joinpath("online.yaml").read_text(encoding="utf-8")
+    (tmp_path / "all.yaml").write_text(re.sub(r"^( *)#(?=\w)", r"\1", text, flags=re.MULTILINE), encoding="utf-8")
+    stated, everything = read_layer(FOLDER.joinpath("online.yaml")), read_layer(tmp_path / "all.yaml")
+    assert len(everything.values) > len(stated.values)
+    assert build(OnlineConfig, everything) == build(OnlineConfig, stated)
 
 
 def test_the_grid_has_fifty_runs():

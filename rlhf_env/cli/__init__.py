@@ -11,6 +11,7 @@ from rlhf_env.cli.demo import demo
 from rlhf_env.cli.grid import MORE_TO_GRID, grid
 from rlhf_env.cli.inform import agents, doctor, worlds
 from rlhf_env.cli.measure import MORE_TO_EVALUATE, MORE_TO_GENERATE, evaluate, generate
+from rlhf_env.cli.online import MORE_TO_ONLINE, online
 from rlhf_env.cli.pipeline import MORE_TO_PIPELINE, inspect, pipeline
 from rlhf_env.cli.preferences import preferences
 from rlhf_env.cli.reward_eval import MORE_TO_REWARD_EVAL, reward_eval
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command(epilog=MORE_TO_PIPELINE)(pipeline)
+app.command(epilog=MORE_TO_ONLINE)(online)
 app.command(epilog=MORE_TO_SFT)(sft)
 app.command(epilog=MORE_TO_PREFER)(prefer)
 app.command(epilog=MORE_TO_REWARD)(reward)

@@ -14,7 +14,7 @@ import typer
 from rlhf_env.cli import settings as cli
 from rlhf_env.cli.train import watch_training
 from rlhf_env.errors import ConfigError, RemoteError, RewardError
-from rlhf_env.training.config import PipelineConfig, TrainConfig, parse_seeds
+from rlhf_env.training.config import FineTuneConfig, PipelineConfig, RewardConfig, TrainConfig, parse_seeds
 from rlhf_env.training.interruption import exit_code
 
 _DOC = cli.sentences(PipelineConfig)
@@ -134,14 +134,14 @@ def print_seeds(summaries: Mapping[int, Mapping[str, Any]]) -> None:
 
 @contextmanager
 def watch(name: str, config: Any) -> Iterator[Callable[..., None]]:
-    """Show how a stage of the pipeline goes on."""
+    """Show how a stage goes on."""
     from rlhf_env.cli.show import response_progress, step_progress
 
     print(f"{name} …", file=sys.stderr)
     if isinstance(config, TrainConfig):
         with watch_training(config) as show:
             yield show
-    elif name in ("sft", "reward"):
+    elif isinstance(config, FineTuneConfig | RewardConfig):
         with step_progress() as show:
             yield show
     else:

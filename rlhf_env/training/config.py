@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rlhf_env.errors import ConfigError
 from rlhf_env.http import is_url
+from rlhf_env.preferences.queries import Rule, Schedule
 from rlhf_env.settings import BradleyTerryConfig, LabelerConfig, ServerConfig, SFTConfig
 
 DType = Literal["float32", "float64", "bfloat16", "float16"]
@@ -144,6 +145,8 @@ class RewardConfig:
     comparisons: str  #: file of comparisons, .jsonl or .json in any form that is read (ours, TRL's …), or hf:NAME
     body: str | None = None  #: folder or hub name of the model that gets the reward head; none: a new one, see new
     held_out: float = 0.1  #: share of the comparisons, by prompt, that is measured on and never learned from
+    eval_comparisons: str | None = None  #: file of comparisons to measure on; none: that share is held out for it
+    bagging: bool = False  #: learn from as many comparisons drawn with replacement, as members of an ensemble do
     of: Literal["text", "response"] = "text"  #: what is scored: prompt and response, or the response alone
     max_length: int | None = None  #: tokens of a text that are read, its last ones; none: as many as the model can
     reference: str | None = None  #: the model whose responses shall score mean 0, variance 1; none: those compared
@@ -339,6 +342,45 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         _require(self, {"opening_words": 1, "num_envs": 1, "seed": 0})
         _require_share("eval_share", self.eval_share)
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """The online loop: in each round the present policy writes, a labeler compares, and the rewards are learned anew.
+
+    The sections `reward` and `train` take the settings of the commands of these names, beside those that the loop gives
+    them itself; `train`'s budget is that of all rounds together.
+    """
+
+    policy: str  #: folder or hub name of the model to start from, which is the reference in all rounds
+    prompts: str  #: file of prompts, .txt (one per line) or .jsonl (key "prompt"), or hf:NAME
+    gold: str  #: the true reward that the simulated labeler knows; measured, never trained on
+    eval_prompts: str | None = None  #: file of prompts to evaluate on; none: a share of the prompts is held out for it
+    eval_share: float = 0.1  #: that share, of the distinct prompts; at most 128 of them
+    rounds: int = 4  #: how often labels are asked for, rewards learned and the policy trained
+    comparisons: int = 400  #: labels to ask for, in all rounds together
+    schedule: Schedule = "constant"  #: how the rounds after the first share what it leaves
+    initial: float = 0.25  #: share of the labels that the first round asks for
+    pool: int = 256  #: prompts in each round to which responses are written, at most one pair of each is compared
+    candidates: int = 4  #: responses to each of these prompts, of which two are compared
+    rule: Rule = "bald"  #: what the ensemble goes by when it chooses pairs; the first round has none and is uniform
+    members: int = 3  #: reward models in the ensemble, whose mean is trained on
+    keep: int | None = None  #: learn from this many of the latest comparisons; none: from all
+    held_out: float = 0.1  #: share of the comparisons, by prompt, that no member learns from
+    labeler: LabelerConfig = field(default_factory=LabelerConfig)  #: how the labeler errs
+    seed: int = 0  #: of everything
+    device: str = "cpu"  #: "cpu", "cuda", "cuda:1", "mps"
+    dtype: DType = "float32"  #: precision of the models' weights
+    num_envs: int = 32  #: responses written side by side
+    env: EnvConfig = field(default_factory=EnvConfig)  #: the token MDP
+    reward: dict[str, Any] = field(default_factory=dict)  #: of `rlhf-env reward`, e.g. fit.learning_rate
+    train: dict[str, Any] = field(default_factory=dict)  #: of `rlhf-env train`, e.g. agent, tokens, settings.epochs
+
+    def __post_init__(self) -> None:
+        _require(self, {"rounds": 1, "comparisons": 2, "pool": 1, "candidates": 2, "members": 1, "num_envs": 1})
+        _require(self, {"seed": 0, **({} if self.keep is None else {"keep": 2})})
+        for name in ("eval_share", "initial", "held_out"):
+            _require_share(name, getattr(self, name))
 
 
 def _require_share(name: str, value: float) -> None:

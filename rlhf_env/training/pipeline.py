@@ -6,20 +6,17 @@ summary.json is there, so a pipeline that was killed at any moment goes on with 
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rlhf_env.errors import ConfigError, DataError
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.preferences.comparisons import distinct, read_comparisons
-from rlhf_env.records.config import Layer, build, flat, read_layer, to_dict
+from rlhf_env.records.config import to_dict
 from rlhf_env.records.dashboards import require_dashboards
-from rlhf_env.records.jsonl import read_jsonl, write_jsonl
-from rlhf_env.records.run import Run, require_free
+from rlhf_env.records.run import Run
 from rlhf_env.reward_models.bradley_terry import new_reward_model, usable
 from rlhf_env.reward_models.load import load_reward
 from rlhf_env.text.demonstrations import load_demonstrations
@@ -40,28 +37,13 @@ from rlhf_env.training.page import stage_result, write_report
 from rlhf_env.training.prefer import run_prefer
 from rlhf_env.training.report import interval, surroundings
 from rlhf_env.training.reward import run_reward
-from rlhf_env.training.run import changed_settings, run_training
+from rlhf_env.training.run import run_training
 from rlhf_env.training.sft import prepare_sft, run_sft
-
-T = TypeVar("T")
+from rlhf_env.training.stages import Stage, Watch, begin, finish, section
 
 STAGES = ("sft", "prefer", "reward", "train", "evaluate")
-RESULTS = ("summary.json", "report.html", "README.md")
-
-#: Shows a stage: given its name and its config, a context whose value is told how the stage goes on.
-Watch = Callable[[str, Any], AbstractContextManager[Callable[..., None]]]
 
 EVALUATION_SEED = 1_000_003  # added to the seed: evaluation draws with other random numbers than training
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of the pipeline: what it is told, and what does it."""
-
-    name: str
-    config: Any
-    run: Callable[[Path, Callable[..., None]], Any]
-    resumable: bool = False
 
 
 def run_pipeline(
@@ -81,31 +63,11 @@ def run_pipeline(
     if until is not None and until not in names:
         raise ConfigError(f"there is no stage {until!r} to stop after; this pipeline has {', '.join(names)}")
     _check_inputs(config, stages, prompts, eval_prompts)
-    files = {
-        out / "prompts" / f"{name}.jsonl": [{"prompt": text} for text in texts]
-        for name, texts in (("train", prompts), ("eval", eval_prompts))
-    }
-    if (out / "config.yaml").is_file():
-        _require_same(out, stages, files)
-    else:
-        require_free(out)
-    if not all(Run(out / stage.name).finished for stage in stages):
-        for result in RESULTS:  # of the stages as they were
-            (out / result).unlink(missing_ok=True)
-    run = Run.create(out, to_dict(config), again=True)
-    (out / "prompts").mkdir(exist_ok=True)
-    for file, rows in files.items():
-        write_jsonl(file, rows)
-
+    run = begin(config, out, stages, prompts, eval_prompts, folders=STAGES)
     for stage in stages:
-        folder = out / stage.name
-        if not Run(folder).finished:
-            if folder.exists() and not _begun(stage, folder):
-                shutil.rmtree(folder)  # the rest of an interrupted stage, which is made anew
-            with (watch or _unwatched)(stage.name, stage.config) as show:
-                stage.run(folder, show)
+        finish(stage, out, watch)
         if stage.name == until and stage is not stages[-1]:
-            return Run(folder).summary
+            return Run(out / stage.name).summary
     if not (out / "train" / "report.html").exists():  # a kill came between its summary and its report
         write_report(out / "train")
     summary = _summary(config, out, stages)
@@ -128,40 +90,28 @@ def plan(config: PipelineConfig, out: Path) -> list[Stage]:
             "the pipeline needs to know what is good: comparisons (a file), gold (the true reward of a simulated "
             f"labeler) or {instead}"
         )
-    shared = {name: getattr(config, name) for name in ("seed", "device", "dtype", "num_envs")}
-    shared["env"] = to_dict(config.env)
     reference = config.policy if config.demonstrations is None else str(out / "sft" / "model")
     train_prompts, eval_prompts = (str(out / "prompts" / f"{name}.jsonl") for name in ("train", "eval"))
     comparisons = config.comparisons or str(out / "prefer" / "comparisons.jsonl")
     reward = config.reward_model or str(out / "reward" / "model")
 
-    def settings(cls: type[T], name: str, wiring: Mapping[str, Any], defaults: Mapping[str, Any] = {}) -> T:  # noqa: B006
-        given = getattr(config, name)
-        if wired := next((key for key in given if key in wiring), None):
-            own = "reward_model" if wired == "reward" else wired
-            instead = f"; the pipeline's setting for it is {own}" if hasattr(config, own) else ""
-            raise ConfigError(f"{name}.{wired} is what the pipeline connects its stages by: leave it out{instead}")
-        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        usual = {key: value for key, value in {**shared, **defaults}.items() if key in known}
-        layers = (Layer("the pipeline", usual), Layer("the pipeline", wiring), Layer("the pipeline's settings", given))
-        return build(cls, *layers, prefix=f"{name}.")
-
     stages = []
     if config.demonstrations is not None:
         wiring = {"demonstrations": config.demonstrations, "policy": config.policy}
         usual = {"chat_template": config.env.chat_template}
-        sft = settings(FineTuneConfig, "sft", wiring, usual)
+        sft = section(FineTuneConfig, config, "sft", wiring, usual)
         stages.append(Stage("sft", sft, lambda out, show: run_sft(sft, out, on_step=show)))
     if (learned or compared) and config.comparisons is None:
-        prefer = settings(PreferConfig, "prefer", {"policy": reference, "prompts": train_prompts, "gold": config.gold})
+        wiring = {"policy": reference, "prompts": train_prompts, "gold": config.gold}
+        prefer = section(PreferConfig, config, "prefer", wiring)
         stages.append(Stage("prefer", prefer, lambda out, show: run_prefer(prefer, out, progress=show)))
     if learned:
         wiring = {"comparisons": comparisons, "reference": reference, "prompts": train_prompts, "gold": config.gold}
-        learn = settings(RewardConfig, "reward", wiring, {"body": reference})
+        learn = section(RewardConfig, config, "reward", wiring, {"body": reference})
         stages.append(Stage("reward", learn, lambda out, show: run_reward(learn, out, on_step=show)))
     wiring = {"policy": reference, "reference": None, "prompts": train_prompts, "eval_prompts": eval_prompts}
     wiring |= {"reward": reward, "gold": config.gold}
-    train = settings(TrainConfig, "train", wiring, {"data": comparisons} if compared else {})
+    train = section(TrainConfig, config, "train", wiring, {"data": comparisons} if compared else {})
     train = replace(train, **train.budget)
     stages.append(
         Stage(
@@ -174,7 +124,7 @@ def plan(config: PipelineConfig, out: Path) -> list[Stage]:
     wiring = {"policy": str(out / "train" / "model"), "reference": reference, "prompts": eval_prompts}
     wiring |= {"reward": reward, "gold": config.gold}
     usual = {"seed": config.seed + EVALUATION_SEED, "episodes": 512, "best_of": 16, "env": to_dict(train.env)}
-    final = settings(EvaluateConfig, "evaluate", wiring, usual)
+    final = section(EvaluateConfig, config, "evaluate", wiring, usual)
     stages.append(Stage("evaluate", final, lambda out, show: run_evaluation(final, out, progress=show)))
     return stages
 
@@ -236,53 +186,6 @@ def _check_inputs(
         else:
             read_rows(train.data, required={"prompt": str, "response": str})
     require_dashboards(train.log_to)
-
-
-def _begun(stage: Stage, folder: Path) -> bool:
-    """Whether a stage has come to something that shall not be made anew."""
-    return Run(folder).finished or (stage.resumable and (folder / "config.yaml").is_file())
-
-
-def _require_same(out: Path, stages: Sequence[Stage], files: Mapping[Path, list[dict[str, Any]]]) -> None:
-    """Refuse a folder that holds something else, and settings that contradict a stage which is there already."""
-    try:
-        build(PipelineConfig, read_layer(out / "config.yaml"))
-    except ConfigError as error:
-        raise ConfigError(f"{out} holds another run, not a pipeline: choose another folder ({error})") from error
-    there = [stage.name for stage in stages if _begun(stage, out / stage.name)]
-    if useless := [name for name in STAGES if (out / name).exists() and name not in {stage.name for stage in stages}]:
-        raise ConfigError(f"{out} holds {useless[0]}, which these settings leave out: choose another folder")
-    for i, stage in enumerate(stages):
-        later = [other.name for other in stages[i + 1 :] if other.name in there]
-        if stage.name not in there and later:
-            raise ConfigError(f"{out}: {later[0]} was made from another {stage.name}; to go on, {_delete(out, later)}")
-        if stage.name in there and (changed := _changed(stage, out)):
-            raise ConfigError(
-                f"{out}: {stage.name} was begun with another {', '.join(changed)}; choose another folder, or, to do it "
-                f"again, {_delete(out, [stage.name, *later])}"
-            )
-    for file, rows in files.items():
-        if there and file.is_file() and read_jsonl(file) != rows:
-            raise ConfigError(
-                f"{out}: {', '.join(there)} used other prompts than those of these settings: choose another folder"
-            )
-
-
-def _changed(stage: Stage, out: Path) -> list[str]:
-    """What differs in the settings of a stage that is there, but for where the pipeline's folder was then."""
-    now, then = flat(to_dict(stage.config)), flat(read_layer(out / stage.name / "config.yaml").values)
-    inside = {key for key, value in now.items() if isinstance(value, str) and value.startswith(f"{out}/")}
-    moved = {key for key in inside if str(then.get(key)).endswith(now[key].removeprefix(str(out)))}
-    return [key for key in changed_settings(stage.config, out / stage.name) if key not in moved]
-
-
-def _delete(out: Path, names: Sequence[str]) -> str:
-    return f"delete {' '.join(str(out / name) for name in names)}"
-
-
-@contextmanager
-def _unwatched(name: str, config: Any) -> Iterator[Callable[..., None]]:
-    yield lambda *args: None
 
 
 #: What the summary says, and where each stage calls it so; a metric's interval goes with it.

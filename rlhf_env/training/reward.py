@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from rlhf_env.errors import DataError
 from rlhf_env.models.causal_lm import CausalLM, parse_dtype
 from rlhf_env.preferences.comparisons import distinct, read_comparisons
@@ -29,6 +31,7 @@ from rlhf_env.training.report import surroundings
 from rlhf_env.training.sft import OnStep, new_model
 from rlhf_env.types import Comparison
 
+_BAGGING_STREAM = 7
 SAMPLING_SEED = 2_000_003  # added to the seed: the responses to normalise on are neither those compared nor trained on
 
 
@@ -44,17 +47,16 @@ def run_reward(config: RewardConfig, out: str | Path, *, on_step: OnStep | None 
     device = parse_device(config.device)
     gold = None if config.gold is None else load_reward(config.gold, device=device)
     comparisons, identical = distinct(read_comparisons(config.comparisons))
-    if len(comparisons) < 2:
+    least, needed = 2, "2 are needed, one to learn from and one to measure on"
+    if config.eval_comparisons is not None:
+        least, needed = 1, "1 is needed"
+    if len(comparisons) < least:
         raise DataError(
             f"{config.comparisons}: of {len(comparisons) + identical} comparisons {len(comparisons)} have responses "
-            "that differ; at least 2 are needed, one to learn from and one to measure on"
+            f"that differ; at least {needed}"
         )
     model = _start(config, comparisons)
-    try:
-        comparisons, same_tokens = usable(model, comparisons)
-        learned, held_out = split_by_prompt(comparisons, config.held_out, config.seed)
-    except DataError as error:
-        raise DataError(f"{config.comparisons}: {error}") from error
+    comparisons, same_tokens, learned, held_out = _sides(config, model, comparisons)
     normal = _reference_responses(config, comparisons)
     model.encode(*normal)  # what its tokenizer cannot read shows now, not after everything is learned
 
@@ -87,6 +89,26 @@ def run_reward(config: RewardConfig, out: str | Path, *, on_step: OnStep | None 
         summary |= label_agreement(held_out, utilities_of(gold, *asked))
     run.write_summary(summary)
     return run.summary
+
+
+def _sides(
+    config: RewardConfig, model: ClassifierReward, comparisons: Sequence[Comparison]
+) -> tuple[list[Comparison], int, list[Comparison], list[Comparison]]:
+    """The comparisons that `model` can learn from, how many it cannot, those that it learns from and those held out."""
+    source = config.comparisons
+    try:
+        comparisons, same_tokens = usable(model, comparisons)
+        if config.eval_comparisons is None:
+            learned, held_out = split_by_prompt(comparisons, config.held_out, config.seed)
+        else:
+            source, learned = config.eval_comparisons, comparisons
+            held_out, _ = usable(model, distinct(read_comparisons(source))[0])
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+    if config.bagging:
+        drawn = np.random.default_rng([config.seed, _BAGGING_STREAM]).integers(len(learned), size=len(learned))
+        learned = [learned[i] for i in drawn]
+    return comparisons, same_tokens, learned, held_out
 
 
 def _start(config: RewardConfig, comparisons: Sequence[Comparison]) -> ClassifierReward:

@@ -16,7 +16,8 @@ from rlhf_env.reward_models.classifier import ClassifierReward
 from rlhf_env.reward_models.vader import VaderReward
 from rlhf_env.text.corpus import review_openings
 from rlhf_env.training.config import EnvConfig, PipelineConfig
-from rlhf_env.training.pipeline import Watch, run_pipeline
+from rlhf_env.training.pipeline import run_pipeline
+from rlhf_env.training.stages import Watch
 
 ASSETS = Path(__file__).parent / "assets" / "reviews"
 MAX_NEW_TOKENS = 24

@@ -161,6 +161,44 @@ def test_the_summary_says_how_well_the_saved_model_does_on_what_was_held_out(con
     assert summary["ece"] == pytest.approx(sum(gaps))
 
 
+def test_comparisons_to_measure_on_may_be_given(config, tmp_path, learned):
+    """Then all others are learned from."""
+    write_comparisons(tmp_path / "eval.jsonl", rankings()[:7])
+    write_comparisons(tmp_path / "learned.jsonl", rankings()[7:])
+    given = {"comparisons": str(tmp_path / "learned.jsonl"), "eval_comparisons": str(tmp_path / "eval.jsonl")}
+    summary = run_reward(replace(config, **given), tmp_path / "out")
+    assert learned == rankings()[7:]
+    assert (summary["comparisons"], summary["held_out"], summary["pairs"]) == (53, 7, 7)
+
+
+def test_one_comparison_is_enough_beside_those_to_measure_on(config, tmp_path, learned):
+    names = [tmp_path / f"{name}.jsonl" for name in ("one", "eval", "none")]
+    write_comparisons(names[0], rankings()[:1])
+    write_comparisons(names[1], rankings()[1:4])
+    write_rows(names[2], {"prompt": "p", "chosen": "same", "rejected": "same"})
+    one, measured_on, none = map(str, names)
+    run_reward(replace(config, comparisons=one, eval_comparisons=measured_on), tmp_path / "out")
+    assert learned == rankings()[:1]
+    with pytest.raises(
+        DataError, match=r"none\.jsonl: of 1 comparisons 0 have responses that differ; at least 1 is needed"
+    ):
+        run_reward(replace(config, comparisons=none, eval_comparisons=measured_on), tmp_path / "bad")
+    with pytest.raises(DataError, match=r"none\.jsonl: of 0 comparisons none has responses that differ"):
+        run_reward(replace(config, comparisons=measured_on, eval_comparisons=none), tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_bagging_learns_from_as_many_drawn_with_replacement_and_measures_on_the_same(config, made, tmp_path, learned):
+    summary = run_reward(replace(config, bagging=True), tmp_path / "out")
+    held_out = split_by_prompt(rankings(), config.held_out, config.seed)[1]
+    assert (summary["comparisons"], summary["held_out"]) == (42, 18) and len(learned) == 42
+    assert all(c in rankings() and c not in held_out for c in learned)
+    assert 20 < len(set(learned)) < 36  # 42 · (1 − 1/e) = 26.5 are expected to be drawn at all
+    first, learned[:] = list(learned), []
+    run_reward(replace(config, bagging=True, seed=1), tmp_path / "other")
+    assert learned != first
+
+
 def test_fresh_responses_of_the_reference_score_mean_0_variance_1(config, made):
     reference = CausalLM.from_pretrained(config.reference)
     asked = [PROMPTS[i] for i in prompt_indices(0, 0, 24, 4)]
