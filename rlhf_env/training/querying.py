@@ -17,6 +17,7 @@ from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.preferences.comparisons import read_comparisons, write_comparisons
 from rlhf_env.preferences.labelers import SimulatedLabeler, label_agreement, utilities_of
 from rlhf_env.preferences.queries import Rule, differing, disagreement, select
+from rlhf_env.preferences.reward_metrics import ranked_by
 from rlhf_env.preferences.splits import split_by_prompt
 from rlhf_env.records.config import to_dict
 from rlhf_env.records.jsonl import read_jsonl, write_jsonl
@@ -105,7 +106,7 @@ class Members:
 
     def measure(self, comparisons: Sequence[Comparison]) -> dict[str, Any]:
         """`measure_comparisons` of the mean logit."""
-        return measure_comparisons(self, comparisons)  # type: ignore[arg-type]
+        return measure_comparisons(self, comparisons)
 
 
 def run_pool(config: PoolConfig, out: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -133,9 +134,9 @@ def run_pool(config: PoolConfig, out: str | Path, *, progress: Progress | None =
         rows = [row | {"logits": those.tolist()} for row, those in zip(rows, logits, strict=True)]
         i, j = np.triu_indices(k, 1)
         summary["disagreement"] = float(disagreement((logits[:, :, i] - logits[:, :, j]).swapaxes(0, 1)).mean())
-        truth = SimulatedLabeler(load_reward(config.gold, device=device), LabelerConfig(temperature=0.0))
-        ranks = truth.rank(asked, responses, range(len(rows)))
-        measured = members.measure([Comparison(*those) for those in zip(asked, responses, ranks, strict=True)])
+        truth = utilities_of(load_reward(config.gold, device=device), asked, responses)
+        unranked = [Comparison(prompt, those, (0,) * k) for prompt, those in zip(asked, responses, strict=True)]
+        measured = members.measure(ranked_by(unranked, truth))
         summary |= _named(measured, "accuracy", "accuracy_pool")
     write_jsonl(out / "pool.jsonl", rows)
     run.write_summary({**summary, "seconds": time.perf_counter() - began})
