@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -238,6 +239,25 @@ def test_what_is_spread_is_saved_whole(tmp_path):
     for a, b in zip(adam["copies"], other_adam["copies"], strict=True):
         torch.testing.assert_close(b, a, atol=4e-3, rtol=0)  # two steps of 1e-3 each, at the most
     assert sum(a.numel() for a in adam["copies"]) == sum(b.numel() for b in other_adam["copies"])
+
+
+def run_after_run(config: TrainConfig, out: Path) -> None:
+    """Two runs of one process, of which process 0 alone still holds the first one's policy."""
+    kept = []
+    with processes.together():
+        for name in ("first", "second"):
+            run_training(config, out / name)
+            if processes.rank() == 0:
+                kept += [model for model in gc.get_objects() if isinstance(model, CausalLM)]
+            else:
+                gc.collect()
+
+
+def test_models_of_an_earlier_run_are_not_gathered(tmp_path):
+    (place := tmp_path / "files").mkdir()
+    config = replace(tiny_training(place), updates=1, spread_weights=True)
+    run_together(2, run_after_run, config, tmp_path, err=tmp_path / "err")
+    assert numbers(Run(tmp_path / "second").metrics) == numbers(Run(tmp_path / "first").metrics)
 
 
 def refusing(out: Path) -> None:

@@ -39,6 +39,14 @@ def spread(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) 
     _models[model] = None
 
 
+def forget() -> None:
+    """Take no more notice of models that were spread before.
+
+    When the garbage collector finds them differs between processes, and all must gather the same.
+    """
+    _models.clear()
+
+
 def is_spread(model: nn.Module) -> bool:
     """Whether this process holds no more than its part of the weights, at the moment."""
     return model in _models and not _together

@@ -16,6 +16,7 @@ from rlhf_env.envs.task import KLMode, ScoreFn
 from rlhf_env.envs.vector import TextGenerationVectorEnv
 from rlhf_env.errors import ConfigError, EmptyPromptError, PromptTooLongError, TokenizerError
 from rlhf_env.http import is_url
+from rlhf_env.models import sharding
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.remote import RemoteLM
 from rlhf_env.records.safe_text import safe_text
@@ -59,6 +60,7 @@ def assemble(config: TrainConfig, *, kl_mode: KLMode = "reward") -> Parts:
     policy.freeze_layers(config.freeze_layers)
     if config.gradient_checkpointing:
         policy.checkpoint_gradients()
+    sharding.forget()  # those of an earlier run in this process
     if config.spread_weights:
         for model in (policy, reference):
             model.spread()
