@@ -1,24 +1,29 @@
-"""Half a billion random weights on one GPU: sampling beside `model.generate`, and an iteration of PPO.
+"""Half a billion random weights on one GPU: sampling beside `model.generate`, and an iteration beside TRL's.
 
     python benchmarks/gpu.py                                       # bfloat16 on a GPU
+    python benchmarks/gpu.py --trl                                 # and TRL's GRPO, where TRL is installed
     python benchmarks/gpu.py --device cpu --dtype float32 --width 128 --layers 4 --responses 16 --tokens 16
 
-A Llama of 24 layers of width 1,024 and 32,000 tokens. Responses all have the same number of tokens. Time on the wall,
-once everything that was started is done; medians of alternated rounds.
+A Llama of 24 layers of width 1,024 and 32,000 tokens. Responses all have the same number of tokens; four passes in four
+minibatches. Time on the wall, once everything that was started is done; medians of alternated rounds. Ours keeps
+float32 copies of bfloat16 weights for the optimizer, TRL does not.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from paired import Cost, row, table, take_turns
+from paired import Cost, Peer, row, table, take_turns
 
 from rlhf_env import TextGenerationVectorEnv
-from rlhf_env.agents import PPO, PPOConfig
+from rlhf_env.agents import GRPO, PPO, GRPOConfig, PPOConfig
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.sampling import sample_responses
 from rlhf_env.models.tiny import tiny_config
@@ -46,8 +51,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     for name, default in (("width", 1024), ("layers", 24), ("vocab", 32_000), ("responses", 128), ("tokens", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--micro-batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--trl", action="store_true", help="TRL's GRPO, too, by this interpreter")
     args = parser.parse_args()
     device, batch, tokens = torch.device(args.device), args.responses, args.tokens
     tokenizer = word_tokenizer(f"w{i}" for i in range(args.vocab - 4))
@@ -67,9 +73,10 @@ def main() -> None:
         law = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **lengths, **law)  # type: ignore
 
+    texts = [" ".join(f"w{i}" for i in ids) for ids in prompts.tolist()]
     envs = TextGenerationVectorEnv(
         batch,
-        prompts=[" ".join(f"w{i}" for i in ids) for ids in prompts.tolist()],
+        prompts=texts,
         tokenizer=tokenizer,
         reference=policy.frozen_copy(),
         reward_model=lambda prompts, responses: [float(len(set(r.split()))) for r in responses],
@@ -77,21 +84,39 @@ def main() -> None:
         stop_at_eos=False,
         beta=0.05,
     )
-    agent = PPO(policy, PPOConfig(batch_size=batch, micro_batch_size=args.micro_batch))
-    rows = train(agent, envs, updates=10**6)
-    contestants = {"ours, sampling": ours, "`generate`": generate, "PPO, one iteration": lambda: next(rows)}
+    usual: dict[str, Any] = {"batch_size": batch, "micro_batch_size": args.micro_batch}
+    ppo = train(PPO(policy, PPOConfig(**usual)), envs, updates=10**6)
+    grpo_policy = CausalLM.from_config(config, tokenizer, device=args.device, dtype=args.dtype)
+    grouped = GRPOConfig(**usual, epochs=4, minibatches=4, group_size=8, kl="k3")
+    grpo = train(GRPO(grpo_policy, grouped), envs, updates=10**6)
+    contestants: dict[str, Cost] = {
+        who: on_the_wall(work, device)
+        for who, work in {
+            "sampling": ours,
+            "sampling by `generate`": generate,
+            "PPO": lambda: next(ppo),
+            "GRPO": lambda: next(grpo),
+        }.items()
+    }
     count = sum(p.numel() for p in policy.model.parameters())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(
         f"{count:,} weights in {args.dtype} on {name}, torch {torch.__version__}; {batch} responses of {tokens} tokens"
     )
-    table("", "seconds", "tokens per second", "time")
-    for who, (middle, ratio) in take_turns(
-        {who: on_the_wall(work, device) for who, work in contestants.items()}, args.rounds
-    ).items():
-        row(who, f"{middle:.3f}", f"{batch * tokens / middle:,.0f}", f"{ratio:.2f}")
-    if device.type == "cuda":
-        print(f"\npeak memory: {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.trl:
+            policy.save_pretrained(Path(folder) / "policy")
+            (Path(folder) / "prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+            more = ("--device", args.device, "--dtype", args.dtype)
+            contestants["TRL's GRPO"] = Peer(Path(sys.executable), "grpo", Path(folder), tokens, *more)
+        table("", "seconds", "tokens per second", "time")
+        for who, (middle, ratio) in take_turns(contestants, args.rounds).items():
+            row(who, f"{middle:.3f}", f"{batch * tokens / middle:,.0f}", f"{ratio:.2f}")
+        if device.type == "cuda":
+            print(f"\npeak memory: {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB", end="")
+            if isinstance(peer := contestants.get("TRL's GRPO"), Peer):
+                print(f"; TRL's GRPO {peer.peak() / 1e3:.1f} GB", end="")
+            print()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from floor import Floor, Weights
-from paired import Cost, begin, peak, row, seconds, table, take_turns
+from paired import Cost, Peer, begin, peak, row, seconds, table, take_turns
 from stable_baselines3 import PPO as SB3PPO
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger
@@ -187,8 +187,8 @@ BESIDE_TRL: dict[str, Callable[[Work], Iterate]] = {
 }
 
 
-class Peer:
-    """TRL at the same work, in a process and an environment of its own."""
+class PeerAt(Peer):
+    """TRL at the same work, in an environment of its own, which is made where it is missing."""
 
     def __init__(self, work: Work, version: str, algorithm: str, folder: Path) -> None:
         python = folder / f"trl-{version}" / "bin" / "python"
@@ -204,23 +204,7 @@ class Peer:
         work.reward().save_pretrained(place / "reward")
         work.tokenizer.save_pretrained(place / "reward")
         (place / "prompts.txt").write_text("\n".join(work.texts) + "\n", encoding="utf-8")
-        words = [str(python), str(HERE / "peers" / "trl_peer.py"), algorithm, str(place), "--tokens", str(work.tokens)]
-        self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-
-    def __call__(self) -> float:
-        """Seconds of one iteration."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return float(self.process.stdout.readline())
-
-    def peak(self) -> int:
-        """Ends it; its peak memory in MB."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        return int(self.process.stdout.readline())
+        super().__init__(python, algorithm, place, work.tokens)
 
 
 def compare(work: Work, rounds: int, peers: Path | None) -> dict[str, tuple[float, float]]:
@@ -228,7 +212,7 @@ def compare(work: Work, rounds: int, peers: Path | None) -> dict[str, tuple[floa
     ours = CONTESTANTS if peers is None else CONTESTANTS | BESIDE_TRL
     contestants: dict[str, Cost] = {name: seconds(make(work)) for name, make in ours.items()}
     if peers is not None:
-        contestants |= {name: Peer(work, *which, peers) for name, which in TRL.items()}
+        contestants |= {name: PeerAt(work, *which, peers) for name, which in TRL.items()}
     found = take_turns(contestants, rounds)
     for contestant in contestants.values():
         if isinstance(contestant, Peer):
@@ -268,7 +252,7 @@ def main() -> None:
                 done = subprocess.run([sys.executable, __file__, *words, name], check=True, capture_output=True)
                 row(*place, name, int(done.stdout))
             for name, which in TRL.items() if args.peers else ():
-                peer = Peer(Work(size, batch, tokens), *which, args.peers)
+                peer = PeerAt(Work(size, batch, tokens), *which, args.peers)
                 for _ in range(2):
                     peer()
                 row(*place, name, peer.peak())

@@ -6,6 +6,7 @@ import gc
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -62,6 +63,30 @@ def take_turns(contestants: Mapping[str, Cost], rounds: int) -> dict[str, tuple[
         name: (statistics.median(spent), statistics.median(s / f for s, f in zip(spent, first, strict=True)))
         for name, spent in found.items()
     }
+
+
+class Peer:
+    """TRL's `algorithm` on what lies in `folder`, in a process of the interpreter `python` that has it."""
+
+    def __init__(self, python: Path, algorithm: str, folder: Path, tokens: int, *more: str) -> None:
+        script = Path(__file__).parent / "peers" / "trl_peer.py"
+        words = [str(python), str(script), algorithm, str(folder), "--tokens", str(tokens), *more]
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def __call__(self) -> float:
+        """Seconds of one iteration."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def peak(self) -> int:
+        """Ends it; its peak memory in MB."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        return int(self.process.stdout.readline())
 
 
 def table(*columns: str) -> None:

@@ -1,7 +1,7 @@
 """TRL at the same work as `iteration.py`, in its own environment: one iteration for each line that comes in.
 
-Started by `peers.py`. Reads "go" lines and answers each with the seconds of process time that the iteration took; at
-the end of the input, with the peak memory in MB.
+Started by `iteration.py` and `gpu.py`. Reads "go" lines and answers each with the seconds that the iteration took, of
+process time on a CPU and on the wall on a GPU; at the end of the input, with the peak memory in MB.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import resource
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1", "WANDB_DISABLED": "true"}
@@ -29,22 +30,30 @@ from transformers import (
 class Turns(TrainerCallback):
     """Before every iteration of `steps` optimizer steps waits for its turn; after it says how long it took."""
 
-    def __init__(self, steps: int, answers: Any) -> None:
-        self.steps, self.answers, self.began = steps, answers, 0.0
+    def __init__(self, steps: int, answers: Any, device: torch.device) -> None:
+        self.steps, self.answers, self.device, self.began = steps, answers, device, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.wait()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.steps == 0:
-            print(time.process_time() - self.began, file=self.answers, flush=True)
+            print(self.now() - self.began, file=self.answers, flush=True)
             self.wait()
 
     def wait(self) -> None:
         if not sys.stdin.readline():
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=self.answers, flush=True)
+            kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak = torch.cuda.max_memory_allocated() / 1e6 if self.device.type == "cuda" else kilobytes / 1024
+            print(int(peak), file=self.answers, flush=True)
             os._exit(0)
-        self.began = time.process_time()
+        self.began = self.now()
+
+    def now(self) -> float:
+        if self.device.type != "cuda":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def main() -> None:
@@ -52,7 +61,10 @@ def main() -> None:
     parser.add_argument("algorithm", choices=("grpo", "rloo", "ppo"))
     parser.add_argument("folder", help="of policy/, reward/ and prompts.txt")
     parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
@@ -61,7 +73,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(f"{args.folder}/policy", padding_side="left")
 
     def policy() -> Any:
-        return AutoModelForCausalLM.from_pretrained(f"{args.folder}/policy", dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(f"{args.folder}/policy", dtype=dtype)
 
     def reward() -> Any:
         return AutoModelForSequenceClassification.from_pretrained(f"{args.folder}/reward", num_labels=1).eval()
@@ -72,7 +84,7 @@ def main() -> None:
         "learning_rate": 1e-4,
         "per_device_train_batch_size": batch // 4,
         "gradient_accumulation_steps": 1,
-        "use_cpu": True,
+        "use_cpu": device.type == "cpu",
         "bf16": False,
         "gradient_checkpointing": False,
         "report_to": "none",
@@ -107,15 +119,17 @@ def main() -> None:
             value_model=reward(),
             train_dataset=Dataset.from_list(rows),
             eval_dataset=Dataset.from_list(rows),
-            callbacks=[Turns(1, answers)],
+            callbacks=[Turns(1, answers, device)],
         )
     else:
         import trl  # type: ignore[import-not-found]
 
-        scorer = reward()
+        scorer = reward() if (Path(args.folder) / "reward").is_dir() else None
 
         @torch.no_grad()
         def score(prompts: list[str], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+            if scorer is None:
+                return [float(len(set(ids))) for ids in completion_ids]
             ids = torch.tensor([tokenizer(p)["input_ids"] + c for p, c in zip(prompts, completion_ids, strict=True)])
             return scorer(ids).logits[:, 0].tolist()
 
@@ -141,7 +155,7 @@ def main() -> None:
             args=config,
             processing_class=tokenizer,
             train_dataset=Dataset.from_dict({"prompt": prompts}),
-            callbacks=[Turns(parts * parts, answers)],
+            callbacks=[Turns(parts * parts, answers, device)],
         )
     trainer.train()
 

@@ -93,7 +93,8 @@ class Llama:
 
     def rotation(self, x: Tensor, positions: Tensor) -> Rotation:
         """Cos and sin of the angles at `positions` [...], in the dtype of `x`."""
-        cos, sin = self.body.rotary_emb(x, positions)
+        # As a batch of one: not every release of Transformers takes another shape.
+        cos, sin = (y[0].unflatten(0, positions.shape) for y in self.body.rotary_emb(x, positions.reshape(1, -1)))
         return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
     def project(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

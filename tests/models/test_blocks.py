@@ -169,6 +169,18 @@ def test_what_the_blocks_would_pass_over_is_left_to_hugging_face(change):
         policy.decoder(1, SamplingLaw(11, 9), backend="blocks")
 
 
+def test_angles_are_asked_for_as_every_release_of_transformers_takes_them(monkeypatch):
+    """Positions [B, L]: releases before 5.20 fail on any other shape."""
+    policy = random_model("llama")
+    rotary, shapes = policy.model.model.rotary_emb, []
+    forward = rotary.forward
+    monkeypatch.setattr(rotary, "forward", lambda x, positions: shapes.append(positions.dim()) or forward(x, positions))
+    decoder = policy.decoder(2, SamplingLaw(8, None))
+    decoder.start([0, 1], [[1, 2], [3]])
+    decoder.append(np.array([4, 5]), [0, 1])
+    assert isinstance(decoder, BlockDecoder) and set(shapes) == {2}
+
+
 def test_rotations_that_depend_on_the_length_are_left_to_hugging_face():
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     import transformers
