@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from paired import Cost, Peer, row, table, take_turns
 
 from rlhf_env import TextGenerationVectorEnv
 from rlhf_env.agents import GRPO, PPO, GRPOConfig, PPOConfig
+from rlhf_env.models import decoding
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.sampling import sample_responses
 from rlhf_env.models.tiny import tiny_config
@@ -67,6 +69,10 @@ def main() -> None:
         law = SamplingLaw(args.vocab, None)
         sample_responses(policy, prompts.tolist(), law, max_new_tokens=tokens, seeds=seeds, num_rows=batch)
 
+    def step_by_step() -> None:
+        with patch.object(decoding, "Replay", lambda step, *_: step):
+            ours()
+
     def generate() -> None:
         ids, model = torch.from_numpy(prompts).to(device), policy.model
         lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
@@ -93,6 +99,7 @@ def main() -> None:
         who: on_the_wall(work, device)
         for who, work in {
             "sampling": ours,
+            "sampling, steps not replayed": step_by_step,
             "sampling by `generate`": generate,
             "PPO": lambda: next(ppo),
             "GRPO": lambda: next(grpo),

@@ -342,7 +342,7 @@ MUTATIONS = [
         "a decoded token sees beyond its row's end",
         "rlhf_env/models/decoding.py",
         "unseen = column > position.unsqueeze(1)",
-        "unseen = column > position.unsqueeze(1) + longest",
+        "unseen = column > position.unsqueeze(1) + columns",
         f"{BLOCKS}::test_rows_that_grow_restart_and_leave_are_decoded_alike",
     ),
     Mutation(

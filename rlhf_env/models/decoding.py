@@ -4,7 +4,7 @@ forward with its key-value cache, or without one."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -15,10 +15,12 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf_env.models.blocks import Body
+from rlhf_env.models.replay import Replay
 from rlhf_env.types import SamplingLaw
 
 _HALF = (torch.bfloat16, torch.float16)
 _ROOM = 64  # columns for a response, to begin with
+_WIDTH = 64  # a GPU's steps are recorded for multiples of so many columns
 
 
 class _Model(Protocol):
@@ -168,7 +170,8 @@ class BlockDecoder:
     """Cached decoding of N rows through a model's `Body`, each of its own length and restartable while others go on.
 
     Row i keeps the keys and values of its tokens in columns 0, 1, … of storage that is made in advance and doubled when
-    it is full, so nothing is moved when a row grows or restarts. Equal prompts that start together are read once.
+    it is full, so nothing is moved when a row grows or restarts. Equal prompts that start together are read once. On a
+    GPU a step is recorded when it is first taken and then replayed.
     """
 
     def __init__(self, model: _BlockModel, num_rows: int, law: SamplingLaw) -> None:
@@ -178,6 +181,7 @@ class BlockDecoder:
         self.written = torch.zeros_like(self.length)  # [N] of them in the response
         self.log_probs = torch.full((num_rows, law.vocab_size), torch.nan, dtype=model.dtype, device=model.device)
         self.values = torch.zeros(num_rows, dtype=model.dtype, device=model.device)
+        self.replays: dict[int, Replay] = {}  # by how many columns a step looks at
 
     @torch.no_grad()
     def start(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
@@ -213,9 +217,7 @@ class BlockDecoder:
             idle[index] = False
             self.length[idle] = 0  # an idle row sees one token only, and never needs more room
         position = self.length.clone()
-        longest = int(position.max()) + 1
-        self._reserve(longest)
-        hidden = self._step(ids, position, longest)
+        hidden = self._step(ids, position, int(position.max()) + 1)
         self.length[index] += 1
         self.written[index] += 1
         logits, values = self.model.heads(hidden)
@@ -228,19 +230,36 @@ class BlockDecoder:
             (self._by_row(keys)[index].flatten(0, 1), self._by_row(values)[index].flatten(0, 1))
             for keys, values in self.storage
         ]
+        self.replays.clear()
         for name in ("length", "written", "log_probs", "values"):
             setattr(self, name, getattr(self, name)[index])
 
     def _step(self, ids: Tensor, position: Tensor, longest: int) -> Tensor:
         """Last hidden states [N, D] of one token in every row, at `position` [N] < `longest`."""
+        if not ids.is_cuda:
+            self._reserve(longest)
+            ragged = bool((position < longest - 1).any())
+            return self._run(ids, position, longest, ragged)
+        assert self._body  # which a replay would not ask for
+        columns = -(-longest // _WIDTH) * _WIDTH
+        self._reserve(columns)
+        if columns not in self.replays:
+
+            def run(ids: Tensor, position: Tensor) -> Tensor:
+                return self._run(ids, position, columns, ragged=True)
+
+            self.replays[columns] = Replay(run, ids, position)
+        return self.replays[columns](ids, position)
+
+    def _run(self, ids: Tensor, position: Tensor, columns: int, ragged: bool) -> Tensor:
+        """The same looking at so many `columns`, of which some rows use fewer where they are `ragged`."""
         body = self._body
         family, n, heads = body.family, len(ids), body.family.kv_heads
         x = family.embed(ids, position)  # [N, D]
         rotation = family.rotation(x, position)
-        row, column = torch.arange(n, device=ids.device), torch.arange(longest, device=ids.device)
+        row, column = torch.arange(n, device=ids.device), torch.arange(columns, device=ids.device)
         nothing = x.new_empty(1, 1, 1)
         unseen = column > position.unsqueeze(1)  # [N, columns]
-        ragged = bool(unseen.any())
         hidden_from = unseen.repeat_interleave(heads, 0).unsqueeze(1) if ragged else None  # [N · kv heads, 1, columns]
         for block, stored in zip(family.blocks, self.storage, strict=True):
             q, *new = body.qkv(block, x, rotation)  # [N, heads, size]
@@ -248,13 +267,13 @@ class BlockDecoder:
                 if ragged:
                     self._by_row(kept)[row, :, position] = token
                 else:
-                    kept[:, longest - 1] = token.flatten(0, 1)
-            keys, values = (kept[:, :longest] for kept in stored)
+                    kept[:, columns - 1] = token.flatten(0, 1)
+            keys, values = (kept[:, :columns] for kept in stored)
             q = q.reshape(n * heads, -1, q.shape[-1])  # queries that share keys are side by side
             weight = torch.baddbmm(nothing, q, keys.transpose(1, 2), beta=0, alpha=family.scale(block))
             if hidden_from is not None:
                 weight.masked_fill_(hidden_from, -torch.inf)
-            if (window := family.window(block)) is not None and window < longest:
+            if (window := family.window(block)) is not None and window < columns:
                 past = column <= position.unsqueeze(1) - window
                 weight.masked_fill_(past.repeat_interleave(heads, 0).unsqueeze(1), -torch.inf)
             weight = weight.float() if weight.dtype in _HALF else weight
@@ -270,10 +289,14 @@ class BlockDecoder:
         if self.storage and (have := self.storage[0][0].shape[1]) < columns:
             grow = (0, 0, 0, max(columns, 2 * have) - have)
             self.storage = [(pad(keys, grow), pad(values, grow)) for keys, values in self.storage]
+            self.replays.clear()  # they would read and write the storage that was
 
     def _by_row(self, kept: Tensor) -> Tensor:
         """Keys or values as [N, kv heads, columns, size], in the same storage."""
         return kept.unflatten(0, (len(self.length), -1))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"replays": {}}  # a copy has storage of its own
 
     @property
     def _body(self) -> Body:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,20 +100,15 @@ def test_rotations_with_scaled_frequencies_are_those_of_hugging_face():
     require_same(evaluated(policy, rollout), evaluated(plain(policy), rollout), 1e-10)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-10)])
-def test_rows_that_grow_restart_and_leave_are_decoded_alike(name, dtype, tolerance):
-    """Beyond the room that the storage begins with, with neighbours idle, restarted, and let go."""
-    policy, law = model(name, dtype), SamplingLaw(11, 9, temperature=0.7, min_new_tokens=2, banned_tokens=(8,))
-    decoders = [policy.decoder(4, law, backend=backend) for backend in ("blocks", "cached")]
-    assert [type(decoder) for decoder in decoders] == [BlockDecoder, CachedDecoder]
+def grow_restart_and_leave(decoders: Sequence[Any], tolerance: float) -> None:
+    """Decode the same in all, beyond the room that the storage begins with, with neighbours idle, restarted, let go."""
     draw = np.random.default_rng(0)
 
     def both(act: str, *args: Any, rows: list[int]) -> None:
         for decoder in decoders:
             getattr(decoder, act)(*args)
         for name in ("log_probs", "values"):
-            require_same(*(getattr(decoder, name)[rows] for decoder in decoders), tolerance)
+            require_same(*(getattr(decoder, name)[rows].cpu() for decoder in decoders), tolerance)
 
     both("start", [0, 1, 2, 3], [[1, 2, 3], [4], [1, 2, 3], [5, 6]], rows=[0, 1, 2, 3])
     for _ in range(70):
@@ -124,6 +120,29 @@ def test_rows_that_grow_restart_and_leave_are_decoded_alike(name, dtype, toleran
     both("keep", [1, 3], rows=[0, 1])
     for _ in range(3):
         both("append", draw.integers(0, 8, 2), [0, 1], rows=[0, 1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-10)])
+def test_rows_that_grow_restart_and_leave_are_decoded_alike(name, dtype, tolerance):
+    policy, law = model(name, dtype), SamplingLaw(11, 9, temperature=0.7, min_new_tokens=2, banned_tokens=(8,))
+    decoders = [policy.decoder(4, law, backend=backend) for backend in ("blocks", "cached")]
+    assert [type(decoder) for decoder in decoders] == [BlockDecoder, CachedDecoder]
+    grow_restart_and_leave(decoders, tolerance)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_may_look_at_more_columns_than_any_row_has(name):
+    decoder = model(name, "float64").decoder(3, SamplingLaw(11, 9))
+    assert isinstance(decoder, BlockDecoder)
+    decoder.start([0, 1, 2], [[1, 2, 3], [4], [5, 6, 7]])
+    ids = torch.tensor([1, 2, 3])
+    for _ in range(2):  # the second time rows have grown to the same length, which is a path of its own
+        position = decoder.length.clone()
+        narrow, wide = (decoder._run(ids, position, columns, ragged=True) for columns in (int(position.max()) + 1, 40))
+        require_same(narrow, wide, 1e-12)
+        require_same(decoder._step(ids, position, int(position.max()) + 1), wide, 1e-12)
+        decoder.length[1] = 3
 
 
 def test_a_prompt_that_starts_in_several_rows_is_read_once(monkeypatch):
