@@ -1,7 +1,7 @@
 """Half a billion random weights on one GPU: sampling beside `model.generate`, and an iteration beside TRL's.
 
     python benchmarks/gpu.py                                       # bfloat16 on a GPU
-    python benchmarks/gpu.py --trl                                 # and TRL's GRPO, where TRL is installed
+    python benchmarks/gpu.py --trl                                 # GRPO, and TRL's, where TRL is installed
     python benchmarks/gpu.py --device cpu --dtype float32 --width 128 --layers 4 --responses 16 --tokens 16
 
 A Llama of 24 layers of width 1,024 and 32,000 tokens. Responses all have the same number of tokens; four passes in four
@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from paired import Cost, Peer, row, table, take_turns
+from paired import Cost, Peer, begin, row, table, take_turns
 
 from rlhf_env import TextGenerationVectorEnv
 from rlhf_env.agents import GRPO, PPO, GRPOConfig, PPOConfig
@@ -55,7 +55,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--micro-batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--trl", action="store_true", help="TRL's GRPO, too, by this interpreter")
+    parser.add_argument("--trl", action="store_true", help="GRPO and TRL's, of this interpreter, instead of PPO")
     args = parser.parse_args()
     device, batch, tokens = torch.device(args.device), args.responses, args.tokens
     tokenizer = word_tokenizer(f"w{i}" for i in range(args.vocab - 4))
@@ -91,25 +91,21 @@ def main() -> None:
         beta=0.05,
     )
     usual: dict[str, Any] = {"batch_size": batch, "micro_batch_size": args.micro_batch}
-    ppo = train(PPO(policy, PPOConfig(**usual)), envs, updates=10**6)
-    grpo_policy = CausalLM.from_config(config, tokenizer, device=args.device, dtype=args.dtype)
     grouped = GRPOConfig(**usual, epochs=4, minibatches=4, group_size=8, kl="k3")
-    grpo = train(GRPO(grpo_policy, grouped), envs, updates=10**6)
+    name, agent = ("GRPO", GRPO(policy, grouped)) if args.trl else ("PPO", PPO(policy, PPOConfig(**usual)))
+    updates = train(agent, envs, updates=10**6)
     contestants: dict[str, Cost] = {
         who: on_the_wall(work, device)
         for who, work in {
             "sampling": ours,
             "sampling, steps not replayed": step_by_step,
             "sampling by `generate`": generate,
-            "PPO": lambda: next(ppo),
-            "GRPO": lambda: next(grpo),
+            name: lambda: next(updates),
         }.items()
     }
     count = sum(p.numel() for p in policy.model.parameters())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(
-        f"{count:,} weights in {args.dtype} on {name}, torch {torch.__version__}; {batch} responses of {tokens} tokens"
-    )
+    begin(device)
+    print(f"{count:,} weights in {args.dtype}, {batch} responses of {tokens} tokens")
     with tempfile.TemporaryDirectory() as folder:
         if args.trl:
             policy.save_pretrained(Path(folder) / "policy")

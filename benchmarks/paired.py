@@ -17,15 +17,21 @@ import torch
 
 _UNITS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # what matters of a processor here, as Linux names it
 
+_CPU = torch.device("cpu")
+
 Cost = Callable[[], float]
 
 
-def begin() -> None:
+def begin(device: torch.device = _CPU) -> None:
     """Keep to one thread, and print the command, the day and the machine above the tables."""
     torch.set_num_threads(1)
+    where = f"{torch.cuda.get_device_name(device)} beside one thread of " if device.type == "cuda" else ""
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     day = f"{datetime.now(UTC):%Y-%m-%d}"
-    print(f"`{command}`, {day}: {processor()}, torch {torch.__version__}, one thread", flush=True)
+    print(
+        f"`{command}`, {day}: {where}{processor()}, torch {torch.__version__}{'' if where else ', one thread'}",
+        flush=True,
+    )
 
 
 def processor() -> str:

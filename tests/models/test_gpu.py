@@ -63,11 +63,10 @@ def test_a_decoder_that_has_replayed_can_be_copied():
     decoder = on_gpu(random_model("llama")).decoder(2, SamplingLaw(8, None))
     decoder.start([0, 1], [[1, 2], [3]])
     decoder.append(np.array([4, 5]), [0, 1])
-    for other in (copy.deepcopy(decoder), pickle.loads(pickle.dumps(decoder))):
-        for one in (decoder, other):
-            one.append(np.array([6, 7]), [0, 1])
-        torch.testing.assert_close(other.log_probs, decoder.log_probs)
-        decoder = other
+    copies = (decoder, copy.deepcopy(decoder), pickle.loads(pickle.dumps(decoder)))
+    for one in copies:
+        one.append(np.array([6, 7]), [0, 1])
+        torch.testing.assert_close(one.log_probs, decoder.log_probs)
 
 
 def test_a_hook_that_comes_while_it_replays_is_noticed():
