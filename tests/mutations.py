@@ -2368,6 +2368,13 @@ MUTATIONS = [
         SAFETY_FIRST,
     ),
     Mutation(
+        "one label of several is judged by its logit",
+        "reward_models/classifier.py",
+        "(logit - every[:, others].logsumexp(1))",
+        "logit",
+        SAFETY_FIRST,
+    ),
+    Mutation(
         "a cache runs prompt and response together",
         "reward_models/cache.py",
         "len(first).to_bytes(8) + first",
@@ -2394,6 +2401,20 @@ MUTATIONS = [
         "if differs := _differences(first, other):",
         'if differs := "":',
         AVERAGED,
+    ),
+    Mutation(
+        "weights of unlike heads are averaged",
+        "reward_models/averaged.py",
+        "return kept | read | made |",
+        "return kept | read |",
+        AVERAGED,
+    ),
+    Mutation(
+        "a server's answer is shown with the token",
+        "rlhf_env/http.py",
+        'text = text.replace(token, f"‹{key}›")',
+        "pass",
+        REMOTE_REWARD,
     ),
     Mutation(
         "the answer to another request is believed",
