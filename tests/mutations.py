@@ -2368,6 +2368,20 @@ MUTATIONS = [
         SAFETY_FIRST,
     ),
     Mutation(
+        "pairs of a prompt are independent",
+        "rlhf_env/preferences/reward_metrics.py",
+        "prompts += [c.prompt] * len(theirs)",
+        "prompts += range(len(hits) - len(theirs), len(hits))",
+        "tests/preferences/test_reward_metrics.py",
+    ),
+    Mutation(
+        "few clusters are as many",
+        "rlhf_env/intervals.py",
+        "worth = rate * (1 - rate) * few",
+        "worth = rate * (1 - rate)",
+        "tests/test_intervals.py",
+    ),
+    Mutation(
         "one label of several is judged by its logit",
         "reward_models/classifier.py",
         "(logit - every[:, others].logsumexp(1))",

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from rlhf_env.functional import bradley_terry_loss
-from rlhf_env.intervals import bootstrap_interval, mean_interval, rate_interval
+from rlhf_env.intervals import bootstrap_interval, clustered_rate_interval, mean_interval
 from rlhf_env.preferences.agreement import majority
 from rlhf_env.preferences.judged import TIE, judged_items, label_table
 from rlhf_env.preferences.splits import normalised
@@ -35,17 +35,16 @@ def accuracy(
     """Share of pairs whose preferred response has the higher score, half where both are equal; ties are left out.
 
     `among(comparison, better, worse)` says which pairs count, by the numbers of their responses. Beside `name` stand
-    "_pairs", their number, and a 95 % interval (Wilson). It counts rankings, and those of the same responses by several
-    labelers once, since the pairs of one err together. Empty where no pair counts.
+    "_pairs", their number, and a 95 % interval (`clustered_rate_interval`), since the pairs of a prompt err together.
+    Empty where no pair counts.
     """
-    right, pairs, counted = 0.0, 0, set[tuple[str, frozenset[str]]]()
+    hits, prompts = list[float](), list[str]()
     for c, s in zip(comparisons, scores, strict=True):
         ordered = [(i, j) if p > 0.5 else (j, i) for i, j, p in c.pairs if p != 0.5]
-        hits = [0.5 + 0.5 * np.sign(s[better] - s[worse]) for better, worse in ordered if among(c, better, worse)]
-        right, pairs = right + float(sum(hits)), pairs + len(hits)
-        counted |= {(c.prompt, frozenset(c.responses))} if hits else set()
-    n = len(counted)
-    return rate_interval(name, right / pairs * n, n) | {f"{name}_pairs": pairs} if pairs else {}
+        theirs = [0.5 + 0.5 * np.sign(s[better] - s[worse]) for better, worse in ordered if among(c, better, worse)]
+        hits += theirs
+        prompts += [c.prompt] * len(theirs)
+    return clustered_rate_interval(name, hits, prompts) | {f"{name}_pairs": len(hits)} if hits else {}
 
 
 def ranked_by(comparisons: Sequence[Comparison], values: Sequence[Floats]) -> list[Comparison]:
@@ -240,20 +239,20 @@ def annotator_ceiling(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """How often a label of a pair is that of the majority of the other labelers: `annotator_ceiling`.
 
     Whoever predicts the others' majority perfectly is right about a single label that often, so no reward model can be
-    expected to be much better. Ties, and pairs on which the others share their votes, do not count. The interval counts
-    pairs. Empty where no pair was judged by two labelers.
+    expected to be much better. Ties, and pairs on which the others share their votes, do not count. In the interval the
+    labels of a prompt are alike. Empty where no pair was judged by two labelers.
     """
     items = [item for item in judged_items(comparisons) if len(item.ranks) > 1 and len(item.responses) == 2]
     if not items:
         return {}
     labels, labelers = label_table(items)
-    agrees, asked = np.zeros(len(labels)), np.zeros(len(labels))
+    agrees, prompts = list[bool](), list[str]()
     for k in range(len(labelers)):
         others, _ = majority(np.delete(labels, k, axis=1))
         decided = ~np.isnan(labels[:, k]) & ~np.isnan(others) & (labels[:, k] != TIE) & (others != TIE)
-        agrees, asked = agrees + (decided & (labels[:, k] == others)), asked + decided
-    pairs = int((asked > 0).sum())
-    return rate_interval("annotator_ceiling", float(agrees.sum() / asked.sum()) * pairs, pairs) if pairs else {}
+        agrees += (labels[decided, k] == others[decided]).tolist()
+        prompts += [items[i].prompt for i in np.flatnonzero(decided)]
+    return clustered_rate_interval("annotator_ceiling", agrees, prompts) if agrees else {}
 
 
 def accuracy_by(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rlhf_env.intervals import Z95, rate_interval
+from rlhf_env.intervals import Z95, clustered_rate_interval
 from rlhf_env.preferences.splits import normalised
 from rlhf_env.types import Comparison
 
@@ -69,13 +69,18 @@ def preferred_rate(
     """How often the response that leads is preferred: `name`, its 95 % interval, and with "_pairs" of how many pairs.
 
     `leads` says of a comparison's responses i and j which does: above 0 i, below 0 j, 0 neither. Pairs of which neither
-    does, and ties, do not count. The interval (Wilson) counts a comparison once: pairs of one ranking err together.
+    does, and ties, do not count. In the interval (`clustered_rate_interval`) the pairs of a prompt are alike.
     """
-    won = pairs = counted = 0
-    for c in comparisons:
-        decided = [lead * (p - 0.5) > 0 for i, j, p in c.pairs if p != 0.5 and (lead := leads(c, i, j))]
-        won, pairs, counted = won + sum(decided), pairs + len(decided), counted + bool(decided)
-    return rate_interval(name, won / pairs * counted, counted) | {f"{name}_pairs": pairs} if pairs else {}
+    decided = [
+        (lead * (p - 0.5) > 0, c.prompt)
+        for c in comparisons
+        for i, j, p in c.pairs
+        if p != 0.5 and (lead := leads(c, i, j))
+    ]
+    if not decided:
+        return {}
+    won, prompts = zip(*decided, strict=True)
+    return clustered_rate_interval(name, won, prompts) | {f"{name}_pairs": len(won)}
 
 
 def logistic_slope(x: ArrayLike, y: ArrayLike) -> dict[str, float]:
