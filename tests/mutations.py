@@ -2375,6 +2375,13 @@ MUTATIONS = [
         "tests/preferences/test_reward_metrics.py",
     ),
     Mutation(
+        "the slope's interval takes pairs as independent",
+        "rlhf_env/preferences/statistics.py",
+        "sums = np.bincount(group, ",
+        "sums = np.bincount(range(len(group)), ",
+        "tests/preferences/test_statistics.py",
+    ),
+    Mutation(
         "few clusters are as many",
         "rlhf_env/intervals.py",
         "worth = rate * (1 - rate) * few",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,7 @@ def measure_scores(
     for i, c in enumerate(comparisons):
         halves[hash_fraction(normalised(c.prompt), f"scale {seed}") < 0.5].append(i)
     unscaled = scores if logits is None else logits
+    prompts = [comparisons[i].prompt for i in halves[0] for _ in comparisons[i].pairs]
     learned, measured = (differences([comparisons[i] for i in half], [unscaled[i] for i in half]) for half in halves)
     if logits is None:
         _, y = differences(comparisons, scores)
@@ -130,7 +131,7 @@ def measure_scores(
     flat = np.concatenate(scores)
     return {
         **found,
-        **scaled_calibration(learned, measured),
+        **scaled_calibration(learned, measured, prompts),
         **rank_correlation(comparisons, scores),
         "length": length_effect(comparisons, scores, seed=seed),
         "by_labeler": accuracy_by("labeler", lambda c: c.labeler, comparisons, scores),
@@ -140,15 +141,17 @@ def measure_scores(
     }
 
 
-def scaled_calibration(learned: tuple[ArrayLike, ArrayLike], measured: tuple[ArrayLike, ArrayLike]) -> dict[str, Any]:
+def scaled_calibration(
+    learned: tuple[ArrayLike, ArrayLike], measured: tuple[ArrayLike, ArrayLike], prompts: Sequence[Hashable]
+) -> dict[str, Any]:
     """`calibration` of scores of any unit, as "scaled_log_loss" and so on: of σ(b d) with the likeliest b.
 
-    `scale` b, with its interval, comes from the differences and preferences of `learned`, the rest is of `measured`
-    (temperature scaling: Guo et al. 2017, arXiv 1706.04599, §4.2). For logits of a Bradley–Terry model b should be 1;
-    below 1 they are too sure, and below 0 they prefer what people do not. Its interval takes pairs as independent, so
-    for rankings it is too narrow. Empty where no finite b is likeliest.
+    `scale` b, with its interval, comes from the differences and preferences of `learned` and the `prompts` they belong
+    to (`logistic_slope`), the rest is of `measured` (temperature scaling: Guo et al. 2017, arXiv 1706.04599, §4.2). For
+    logits of a Bradley–Terry model b should be 1; below 1 they are too sure, and below 0 they prefer what people do
+    not. Empty where no finite b is likeliest.
     """
-    slope = logistic_slope(*learned)
+    slope = logistic_slope(*learned, prompts)
     if not slope or not len(np.asarray(measured[0])):
         return {}
     scale = {name.replace("slope", "scale"): value for name, value in slope.items()}

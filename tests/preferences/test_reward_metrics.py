@@ -87,22 +87,22 @@ def test_calibration_by_hand_in_both_orders():
 
 def test_one_scale_makes_any_score_a_logit():
     data = [2.0] * 4, [1, 1, 1, 0]  # σ(2b) = 3/4
-    found = scaled_calibration(data, data)
+    found = scaled_calibration(data, data, range(len(data[0])))
     assert found["scale"] == pytest.approx(math.log(3) / 2)
     assert found["scaled_ece"] == pytest.approx(0, abs=1e-9)
     assert found["scaled_log_loss"] == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
 
 
 def test_the_scale_of_a_reward_that_prefers_what_people_do_not_is_negative():
-    found = scaled_calibration(([1.0] * 4, [0, 0, 0, 1]), ([1.0], [0]))
+    found = scaled_calibration(([1.0] * 4, [0, 0, 0, 1]), ([1.0], [0]), range(4))
     assert found["scale"] == pytest.approx(-math.log(3))
     assert found["scaled_log_loss"] == pytest.approx(-math.log(0.75))
 
 
 def test_no_scale_where_none_is_likeliest():
-    assert scaled_calibration(([1.0, 2.0], [1, 1]), ([1.0], [1])) == {}  # the larger the better
-    assert scaled_calibration(([0.0], [1]), ([1.0], [1])) == {}
-    assert scaled_calibration(([1.0] * 2, [1, 0]), ([], [])) == {}
+    assert scaled_calibration(([1.0, 2.0], [1, 1]), ([1.0], [1]), "ab") == {}  # the larger the better
+    assert scaled_calibration(([0.0], [1]), ([1.0], [1]), "a") == {}
+    assert scaled_calibration(([1.0] * 2, [1, 0]), ([], []), "ab") == {}
 
 
 # --- rank correlation ------------------------------------------------------------------------------
