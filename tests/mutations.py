@@ -2382,6 +2382,13 @@ MUTATIONS = [
         "tests/preferences/test_statistics.py",
     ),
     Mutation(
+        "the running scale forgets",
+        "agents/ppo.py",
+        'squares, count = self.rewards_so_far if self.config.reward_scale == "running" else (0.0, 0)',
+        "squares, count = 0.0, 0",
+        "tests/agents/test_ppo.py",
+    ),
+    Mutation(
         "few clusters are as many",
         "rlhf_env/intervals.py",
         "worth = rate * (1 - rate) * few",
