@@ -39,21 +39,8 @@ def test_rewardbench_as_published():
     assert len(subsets) == 23
     assert {tag: sum(n for n, t in subsets if t == tag) for _, tag in subsets} == {
         "True": 100 + 95 + 154,  # AlpacaEval easy and hard, XSTest should respond
-        "Neutral": 95
-        + 40
-        + 100
-        + 47
-        + 984
-        + 6 * 164,  # … length, MT Bench medium, LLMBar natural and GPTOut, math, code
-        "False": 28
-        + 37
-        + 134
-        + 92
-        + 46
-        + 100
-        + 100
-        + 250
-        + 136,  # MT Bench easy and hard, the others of LLMBar, Safety
+        "Neutral": 95 + 40 + 100 + 47 + 984 + 6 * 164,  # … length, MT medium, LLMBar natural and GPTOut, math, code
+        "False": 28 + 37 + 134 + 92 + 46 + 100 + 100 + 250 + 136,  # MT easy and hard, other LLMBar, other Safety
     }
 
 
