@@ -43,6 +43,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/iteration.py --sizes 1M --batch 8 128 256 --rounds 2 | tee docs/benchmarks/responses.md
 	$(BIN)/python benchmarks/below_the_floor.py | tee docs/benchmarks/below_the_floor.md
 	$(BIN)/python benchmarks/decoding.py | tee docs/benchmarks/decoding.md
+	$(BIN)/python benchmarks/reward.py | tee docs/benchmarks/reward.md
 	$(BIN)/python benchmarks/sb3.py | tee docs/benchmarks/sb3.md
 	$(BIN)/python benchmarks/environment.py
 

@@ -7,6 +7,7 @@ Schulman et al. 2017 (arXiv 1707.06347) with the details of Ziegler et al. 2019 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -52,6 +53,7 @@ class PPOConfig:
     entropy_coef: float = 0.0  #: weight of an entropy bonus in the loss; unlike the KL term it changes the optimum
     final_entropy_coef: float | None = None  #: its weight at the end of the budget, in a straight line; none: it stays
     gamma: float = 1.0  #: discount; below 1, late tokens (and the score) count less
+    reward_scale: Literal["none", "batch", "running"] = "none"  #: by whose root mean square rewards are divided
     lam: float = 0.95  #: λ of GAE: 1 trusts returns (variance), 0 trusts values (bias)
     max_update_kl: float | None = None  #: an update stops once it has moved further, nats per token; none: never
     ptx: str | None = None  #: file of demonstrations whose likelihood is kept up (PPO-ptx); none: none
@@ -79,6 +81,7 @@ class PPO:
         self.ptx = [] if config.ptx is None else read_demonstrations(config.ptx, policy)  # type: ignore[arg-type]
         trained = [*policy.parameters(), *(self.critic.parameters() if self.critic is not policy else [])]
         self.descent = Descent.of(trained, config, adam_eps=config.adam_eps)
+        self.rewards_so_far = (0.0, 0)  # sum of their squares and their number, where they are scaled
 
     def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, float]:
         """Improve the policy on its own episodes; returns metrics averaged over gradient steps."""
@@ -88,7 +91,7 @@ class PPO:
         mask = rollout.require_finite().response_mask
         number = self.descent.begin(progress)
         shuffle = np.random.default_rng([self.seed, number])
-        advantages = gae(rollout.reward, rollout.values, mask, c.gamma, c.lam)
+        advantages = gae(self._scaled(rollout.reward, mask), rollout.values, mask, c.gamma, c.lam)
         returns = advantages + rollout.values
         advantages = whiten(advantages, mask)
         entropy_coef = linear_schedule(c.entropy_coef, c.final_entropy_coef, progress)
@@ -131,14 +134,26 @@ class PPO:
             "learning_rate": self.descent.current_rate,
         }
 
+    def _scaled(self, reward: Tensor, mask: Tensor) -> Tensor:
+        """Rewards [B, T], score and KL alike, divided by the root mean square of this batch's or of all so far."""
+        if self.config.reward_scale == "none":
+            return reward
+        squares, count = self.rewards_so_far if self.config.reward_scale == "running" else (0.0, 0)
+        seen = reward[mask].double()
+        self.rewards_so_far = squares, count = squares + float(seen.square().sum()), count + len(seen)
+        return reward / math.sqrt(squares / count) if squares else reward
+
     def state_dict(self) -> dict[str, Any]:
-        """State of the descent, and the weights of a value network of its own."""
+        """State of the descent, the size of the rewards so far, and the weights of a value network of its own."""
         separate: Any = None if self.critic is self.policy else self.critic
-        return {"descent": self.descent.state_dict(), "critic": None if separate is None else separate.state_dict()}
+        critic = None if separate is None else separate.state_dict()
+        return {"descent": self.descent.state_dict(), "rewards_so_far": list(self.rewards_so_far), "critic": critic}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
         self.descent.load_state_dict(state["descent"])
+        squares, count = state["rewards_so_far"]
+        self.rewards_so_far = (squares, count)
         if state["critic"] is not None:
             self.critic.load_state_dict(state["critic"])  # type: ignore[attr-defined]
 

@@ -4,7 +4,7 @@
 
 A GPT-2 of two layers and width 64 on responses of 16 to 48 characters. The bare forward gets the same batches, padded
 and in order of length already; scoring has to read the texts, sort, pad and put the scores back. One thread, process
-time; the ratio is taken within a round, and the median of the rounds is printed.
+time; the ratio is taken within a round, and medians of the rounds are printed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from paired import begin
 
 from rlhf_env.reward_models.bradley_terry import fit_comparisons, new_reward_model
 from rlhf_env.reward_models.classifier import ClassifierReward
@@ -51,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    torch.set_num_threads(1)
+    begin()
     responses = texts(2 * PAIRS, 0)
     judged = [Comparison("", (responses[2 * i], responses[2 * i + 1]), (0, 1)) for i in range(PAIRS)]
     with tempfile.TemporaryDirectory() as body:
@@ -61,9 +62,9 @@ def main() -> None:
     began = time.process_time()
     for _ in fit_comparisons(reward, judged, BradleyTerryConfig(epochs=2)):
         pass
-    print(f"learning from {PAIRS} pairs, two passes: {time.process_time() - began:.1f} s")
+    learning = time.process_time() - began
 
-    ready, ratios = batches(reward, responses), []
+    ready, seconds, ratios = batches(reward, responses), list[float](), list[float]()
     for _ in range(rounds):
         began = time.process_time()
         with torch.inference_mode():
@@ -72,8 +73,13 @@ def main() -> None:
         bare = time.process_time() - began
         began = time.process_time()
         reward.score([""] * len(responses), responses)
-        ratios.append(bare / (time.process_time() - began))
-    print(f"scoring: {statistics.median(ratios):.0%} of the bare forward's throughput, {rounds} rounds")
+        seconds.append(time.process_time() - began)
+        ratios.append(bare / seconds[-1])
+    print("\n| a classifier of two layers, width 64 | seconds | texts per second | of the bare forward |")
+    print("|---|---|---|---|")
+    print(f"| learning from {PAIRS:,} pairs, two passes | {learning:.2f} | {4 * PAIRS / learning:,.0f} | |")
+    took = statistics.median(seconds)
+    print(f"| scoring {2 * PAIRS:,} texts | {took:.3f} | {2 * PAIRS / took:,.0f} | {statistics.median(ratios):.0%} |")
 
 
 if __name__ == "__main__":

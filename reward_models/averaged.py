@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlhf_env.errors import ConfigError
 from rlhf_env.reward_models.classifier import ClassifierReward
+from rlhf_env.reward_models.heads import stored
 from rlhf_env.text.codec import Codec
 
 
@@ -97,4 +98,7 @@ def _settings(reward: ClassifierReward) -> dict[str, Any]:
     config = reward.model.config.to_dict()
     kept = {k: v for k, v in config.items() if not k.startswith(("reward_", "_", "transformers_"))}
     read = {"vocabulary": Codec.of(reward.tokenizer).fingerprint, "max_length": reward.max_length}
-    return kept | read | {"label": reward.label, "of": reward.of}
+    head = stored(reward.head)
+    moments = ("means", "stds")  # of a head's logits, which a reference's responses settle anew
+    made = {"head": head["reward_kind"]} | {k: v for k, v in head["reward_head"].items() if k not in moments}
+    return kept | read | made | {"label": reward.label, "of": reward.of}

@@ -105,6 +105,19 @@ class ClassifierReward:
         """The classifier's own number for each text, [B], before any normalisation."""
         return self.reduce(torch.from_numpy(self.all_logits(prompts, responses))).numpy()
 
+    def log_odds(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
+        """log(p / (1 − p)) of the probability p that the classifier gives its label, [B].
+
+        Of one logit, of a head, and of labels that do not exclude each other (`problem_type` says so) it is the logit,
+        p = σ(z); of labels of which one is true, p is their softmax: z − log Σ exp of the others.
+        """
+        every = torch.from_numpy(self.all_logits(prompts, responses))
+        logit, config = self.reduce(every), self.model.config
+        if self.label is None or config.num_labels == 1 or config.problem_type == "multi_label_classification":
+            return logit.numpy()
+        others = [label for label in range(config.num_labels) if label != self.label]
+        return (logit - every[:, others].logsumexp(1)).numpy()
+
     def all_logits(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
         """Everything that the classifier says of each text, [B, L]."""
         rows = [tuple(row) for row in self.encode(prompts, responses)]

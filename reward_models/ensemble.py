@@ -7,6 +7,7 @@ deviation is a reward to explore by (Liang et al. 2022, RUNE, arXiv 2205.12401).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +55,8 @@ class Ensemble:
     def __post_init__(self) -> None:
         if not self.members:
             raise ConfigError("an ensemble has at least one member, this one has none")
+        if not math.isfinite(self.bonus):
+            raise ConfigError(f"the bonus of an ensemble must be finite, it is {self.bonus}")
         if self.bonus and len(self.members) < 2:
             raise ConfigError("members that can disagree are at least two, and this ensemble with a bonus has one")
         require_whole("an ensemble", *self.members)

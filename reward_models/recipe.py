@@ -120,6 +120,8 @@ class _LowerBound:
     k: float
 
     def made(self, here: _Place) -> Ensemble:
+        if self.k < 0:
+            raise ConfigError(f"k must be at least 0, it is {self.k}: less than the mean is what a lower bound is")
         return Ensemble(here.rewards("members", self.members), bonus=-self.k)
 
 

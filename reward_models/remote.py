@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_env.errors import RemoteError
-from rlhf_env.http import post_all, require_url
-from rlhf_env.records.safe_text import safe_text
+from rlhf_env.http import post_all, require_url, shown
 from rlhf_env.settings import HTTPConfig, require
 
 REWARD_KEY = "RLHF_ENV_REWARD_KEY"  # the environment variable that may hold a bearer token
@@ -99,5 +98,4 @@ def _number(value: Any, where: str) -> float:
 
 
 def _shown(value: Any) -> str:
-    text = safe_text(json.dumps(value, ensure_ascii=False))
-    return text if len(text) <= 100 else f"{text[:100]}…"
+    return shown(json.dumps(value, ensure_ascii=False), REWARD_KEY)

@@ -110,7 +110,9 @@ class RewardServer(ThreadingMixIn, TCPServer):
             self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no error of the server's."""
+        """A client that hangs up or is silent is no error of the server's; anything else is told."""
+        if not isinstance(sys.exception(), OSError):
+            print(safe_text(traceback.format_exc(), multiline=True), file=sys.stderr)
 
     def server_close(self) -> None:
         """Close the address, and wait a moment for the requests that are under way."""

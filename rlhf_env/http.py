@@ -223,13 +223,17 @@ def _refuse(number: str) -> None:
     raise ValueError(f"it holds {number}")
 
 
-def _excerpt(data: bytes, key: str) -> str:
-    """How an answer begins, safe to show, and without the token, should the server repeat it."""
-    text = data[: 64 * _SHOWN].decode("utf-8", "replace").strip()
+def shown(text: str, key: str = API_KEY) -> str:
+    """How a text of the server's begins: safe to show, and without the token, should the server repeat it."""
+    text = text[: 64 * _SHOWN].strip()
     if token := os.environ.get(key):
         text = text.replace(token, f"‹{key}›")
-    shown = safe_text(text[:_SHOWN])
-    return f": {shown}{'…' if len(text) > _SHOWN else ''}" if shown else ""
+    return safe_text(text[:_SHOWN]) + ("…" if len(text) > _SHOWN else "")
+
+
+def _excerpt(data: bytes, key: str) -> str:
+    excerpt = shown(data[: 64 * _SHOWN].decode("utf-8", "replace"), key)
+    return f": {excerpt}" if excerpt else ""
 
 
 def _broke(error: Exception, config: HTTPConfig) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,12 +33,37 @@ def mean_interval(name: str, x: NDArray[Any] | Sequence[float]) -> dict[str, flo
     return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
 
 
-def rate_interval(name: str, successes: float, n: int) -> dict[str, float]:
+def rate_interval(name: str, successes: float, n: float) -> dict[str, float]:
     """Share of successes and its 95 % interval by Wilson (1927), which stays within [0, 1] and works at 0 and 1."""
     rate, z2 = successes / n, Z95 * Z95
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     return {name: rate, f"{name}_low": centre - half, f"{name}_high": centre + half}
+
+
+def clustered_rate_interval(
+    name: str, hits: NDArray[Any] | Sequence[float], clusters: Sequence[Hashable]
+) -> dict[str, float]:
+    """Share of `hits` [N], each in [0, 1], and its 95 % interval where those of one cluster are alike; `clusters` [N].
+
+    Wilson's, of the number of independent hits that would say as much (Korn and Graubard 1998): of G clusters and p the
+    share,
+
+        n = p (1 − p) / v · (t_{N − 1} / t_{G − 1})²,    v = Σ_g (Σ_{i in g} (hit_i − p))² / N² · (1 − 1/N) / (1 − 1/G)
+
+    within 1 and N: N where each hit is a cluster of its own, and G where no hits differ.
+    """
+    hit = np.asarray(hits, dtype=np.float64)
+    number = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
+    rate, count, groups = float(hit.mean()), len(hit), len(number)
+    if groups == 1 or hit.min() == hit.max():
+        return rate_interval(name, rate * groups, groups)
+    sums = np.bincount([number[cluster] for cluster in clusters], hit - rate)
+    variance = float((sums * sums).sum()) / count**2 * (1 - 1 / count) / (1 - 1 / groups)
+    few = (student_quantile(count - 1) / student_quantile(groups - 1)) ** 2
+    worth = rate * (1 - rate) * few
+    n = count if worth >= count * variance else max(1.0, worth / variance)
+    return rate_interval(name, rate * n, n)
 
 
 def bootstrap_interval(

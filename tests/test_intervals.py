@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_env.intervals import T95, bootstrap_interval, mean_interval, rate_interval
+from rlhf_env.intervals import T95, bootstrap_interval, clustered_rate_interval, mean_interval, rate_interval
 
 
 def test_mean_interval_by_hand():
@@ -35,6 +35,44 @@ def test_wilsons_interval_as_published():
     # Newcombe (1998), table I, method 3.
     assert rate_interval("r", 81, 263) == pytest.approx({"r": 81 / 263, "r_low": 0.2553, "r_high": 0.3662}, abs=5e-5)
     assert rate_interval("r", 0, 20) == pytest.approx({"r": 0, "r_low": 0.0, "r_high": 0.1611}, abs=5e-5)
+
+
+def test_clustered_hits_by_hand():
+    """Shares 1, 0 and ½ of two each: p = ½, sums about it 1, −1, 0, so v = 2/36 · (5/6)/(2/3) = 5/72."""
+    n = 0.25 / (5 / 72) * (2.570582 / 4.302653) ** 2
+    assert n == pytest.approx(1.285, abs=1e-3)
+    found = clustered_rate_interval("r", [1, 1, 0, 0, 1, 0], list("aabbcc"))
+    assert found == pytest.approx(rate_interval("r", n / 2, n))
+
+
+def test_hits_of_clusters_of_their_own_are_independent():
+    found = clustered_rate_interval("r", [1] * 81 + [0] * 182, range(263))
+    assert found == pytest.approx({"r": 81 / 263, "r_low": 0.2553, "r_high": 0.3662}, abs=5e-5)  # Newcombe's, as above
+
+
+def test_where_no_hits_differ_and_within_one_cluster_clusters_count():
+    assert clustered_rate_interval("r", [1] * 60, list("abc") * 20) == rate_interval("r", 3, 3)
+    assert clustered_rate_interval("r", [1, 0, 1, 1], "aaaa") == rate_interval("r", 0.75, 1)
+
+
+def test_repeating_every_hit_tells_nothing():
+    """Fifty times the same: n is the number of clusters, but for the estimate of their variance."""
+    hits = np.tile([1.0, 0.0, 0.0, 1.0], 25)
+    once = clustered_rate_interval("r", hits, range(100))
+    again = clustered_rate_interval("r", np.repeat(hits, 50), np.repeat(np.arange(100), 50).tolist())
+    assert again == pytest.approx(once, abs=1e-3)
+
+
+@pytest.mark.parametrize(("clusters", "of", "spread"), [(5, 20, 0.6), (30, 10, 0.6), (30, 10, 0.0), (100, 3, 0.6)])
+def test_the_interval_of_clusters_holds_the_truth_95_times_in_100(clusters, of, spread):
+    """Shares p_g uniform on 0.65 ± spread/2. Wilson's interval of all hits held it 66 to 93 times."""
+    rng, held = np.random.default_rng(0), 0
+    names = np.repeat(np.arange(clusters), of).tolist()
+    for _ in range(600):
+        shares = 0.65 + spread * (rng.random((clusters, 1)) - 0.5)
+        found = clustered_rate_interval("r", (rng.random((clusters, of)) < shares).ravel(), names)
+        held += found["r_low"] <= 0.65 <= found["r_high"]
+    assert 0.92 < held / 600 < 0.98  # 0.95 ± 3 standard errors
 
 
 def test_the_bootstrap_of_a_share_is_binomial():

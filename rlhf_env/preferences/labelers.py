@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rlhf_env.envs.rewards import scores_of
 from rlhf_env.errors import DataError
-from rlhf_env.intervals import rate_interval
+from rlhf_env.intervals import clustered_rate_interval
 from rlhf_env.settings import LabelerConfig
 from rlhf_env.types import Comparison, RewardModel
 
@@ -129,12 +129,12 @@ def present(k: int, seed: int, query: int) -> tuple[int, ...]:
 def label_agreement(comparisons: Sequence[Comparison], utilities: Sequence[ArrayLike]) -> dict[str, float]:
     """How often labels prefer what gold prefers: `label_agreement`, the share of all pairs that neither calls a tie.
 
-    `utilities` are the gold rewards [K] of each comparison's responses, as `utilities_of` gives them. The 95 % interval
-    counts a comparison once, since the pairs of one ranking err together. Empty where no pair counts.
+    `utilities` are the gold rewards [K] of each comparison's responses, as `utilities_of` gives them. In the 95 %
+    interval (`clustered_rate_interval`) the pairs of a prompt are alike. Empty where no pair counts.
     """
     if len(comparisons) != len(utilities):
         raise DataError(f"{len(comparisons)} comparisons were given with the utilities of {len(utilities)}")
-    agreeing = pairs = counted = 0
+    agrees, prompts = list[bool](), list[str]()
     for number, (comparison, given) in enumerate(zip(comparisons, utilities, strict=True)):
         u = np.asarray(given, dtype=np.float64)
         if u.shape != (len(comparison.responses),):
@@ -142,5 +142,6 @@ def label_agreement(comparisons: Sequence[Comparison], utilities: Sequence[Array
                 f"comparison {number} has {len(comparison.responses)} responses, but utilities of shape {list(u.shape)}"
             )
         agree = [(u[i] > u[j]) == (p > 0.5) for i, j, p in comparison.pairs if p != 0.5 and u[i] != u[j]]
-        agreeing, pairs, counted = agreeing + sum(agree), pairs + len(agree), counted + bool(agree)
-    return rate_interval("label_agreement", agreeing / pairs * counted, counted) if pairs else {}
+        agrees += agree
+        prompts += [comparison.prompt] * len(agree)
+    return clustered_rate_interval("label_agreement", agrees, prompts) if agrees else {}

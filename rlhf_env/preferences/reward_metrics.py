@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from rlhf_env.functional import bradley_terry_loss
-from rlhf_env.intervals import bootstrap_interval, mean_interval, rate_interval
+from rlhf_env.intervals import bootstrap_interval, clustered_rate_interval, mean_interval
 from rlhf_env.preferences.agreement import majority
 from rlhf_env.preferences.judged import TIE, judged_items, label_table
 from rlhf_env.preferences.splits import normalised
@@ -35,17 +35,16 @@ def accuracy(
     """Share of pairs whose preferred response has the higher score, half where both are equal; ties are left out.
 
     `among(comparison, better, worse)` says which pairs count, by the numbers of their responses. Beside `name` stand
-    "_pairs", their number, and a 95 % interval (Wilson). It counts rankings, and those of the same responses by several
-    labelers once, since the pairs of one err together. Empty where no pair counts.
+    "_pairs", their number, and a 95 % interval (`clustered_rate_interval`), since the pairs of a prompt err together.
+    Empty where no pair counts.
     """
-    right, pairs, counted = 0.0, 0, set[tuple[str, frozenset[str]]]()
+    hits, prompts = list[float](), list[str]()
     for c, s in zip(comparisons, scores, strict=True):
         ordered = [(i, j) if p > 0.5 else (j, i) for i, j, p in c.pairs if p != 0.5]
-        hits = [0.5 + 0.5 * np.sign(s[better] - s[worse]) for better, worse in ordered if among(c, better, worse)]
-        right, pairs = right + float(sum(hits)), pairs + len(hits)
-        counted |= {(c.prompt, frozenset(c.responses))} if hits else set()
-    n = len(counted)
-    return rate_interval(name, right / pairs * n, n) | {f"{name}_pairs": pairs} if pairs else {}
+        theirs = [0.5 + 0.5 * np.sign(s[better] - s[worse]) for better, worse in ordered if among(c, better, worse)]
+        hits += theirs
+        prompts += [c.prompt] * len(theirs)
+    return clustered_rate_interval(name, hits, prompts) | {f"{name}_pairs": len(hits)} if hits else {}
 
 
 def ranked_by(comparisons: Sequence[Comparison], values: Sequence[Floats]) -> list[Comparison]:
@@ -122,6 +121,7 @@ def measure_scores(
     for i, c in enumerate(comparisons):
         halves[hash_fraction(normalised(c.prompt), f"scale {seed}") < 0.5].append(i)
     unscaled = scores if logits is None else logits
+    prompts = [comparisons[i].prompt for i in halves[0] for _ in comparisons[i].pairs]
     learned, measured = (differences([comparisons[i] for i in half], [unscaled[i] for i in half]) for half in halves)
     if logits is None:
         _, y = differences(comparisons, scores)
@@ -131,7 +131,7 @@ def measure_scores(
     flat = np.concatenate(scores)
     return {
         **found,
-        **scaled_calibration(learned, measured),
+        **scaled_calibration(learned, measured, prompts),
         **rank_correlation(comparisons, scores),
         "length": length_effect(comparisons, scores, seed=seed),
         "by_labeler": accuracy_by("labeler", lambda c: c.labeler, comparisons, scores),
@@ -141,15 +141,17 @@ def measure_scores(
     }
 
 
-def scaled_calibration(learned: tuple[ArrayLike, ArrayLike], measured: tuple[ArrayLike, ArrayLike]) -> dict[str, Any]:
+def scaled_calibration(
+    learned: tuple[ArrayLike, ArrayLike], measured: tuple[ArrayLike, ArrayLike], prompts: Sequence[Hashable]
+) -> dict[str, Any]:
     """`calibration` of scores of any unit, as "scaled_log_loss" and so on: of σ(b d) with the likeliest b.
 
-    `scale` b, with its interval, comes from the differences and preferences of `learned`, the rest is of `measured`
-    (temperature scaling: Guo et al. 2017, arXiv 1706.04599, §4.2). For logits of a Bradley–Terry model b should be 1;
-    below 1 they are too sure, and below 0 they prefer what people do not. Its interval takes pairs as independent, so
-    for rankings it is too narrow. Empty where no finite b is likeliest.
+    `scale` b, with its interval, comes from the differences and preferences of `learned` and the `prompts` they belong
+    to (`logistic_slope`), the rest is of `measured` (temperature scaling: Guo et al. 2017, arXiv 1706.04599, §4.2). For
+    logits of a Bradley–Terry model b should be 1; below 1 they are too sure, and below 0 they prefer what people do
+    not. Empty where no finite b is likeliest.
     """
-    slope = logistic_slope(*learned)
+    slope = logistic_slope(*learned, prompts)
     if not slope or not len(np.asarray(measured[0])):
         return {}
     scale = {name.replace("slope", "scale"): value for name, value in slope.items()}
@@ -240,20 +242,20 @@ def annotator_ceiling(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """How often a label of a pair is that of the majority of the other labelers: `annotator_ceiling`.
 
     Whoever predicts the others' majority perfectly is right about a single label that often, so no reward model can be
-    expected to be much better. Ties, and pairs on which the others share their votes, do not count. The interval counts
-    pairs. Empty where no pair was judged by two labelers.
+    expected to be much better. Ties, and pairs on which the others share their votes, do not count. In the interval the
+    labels of a prompt are alike. Empty where no pair was judged by two labelers.
     """
     items = [item for item in judged_items(comparisons) if len(item.ranks) > 1 and len(item.responses) == 2]
     if not items:
         return {}
     labels, labelers = label_table(items)
-    agrees, asked = np.zeros(len(labels)), np.zeros(len(labels))
+    agrees, prompts = list[bool](), list[str]()
     for k in range(len(labelers)):
         others, _ = majority(np.delete(labels, k, axis=1))
         decided = ~np.isnan(labels[:, k]) & ~np.isnan(others) & (labels[:, k] != TIE) & (others != TIE)
-        agrees, asked = agrees + (decided & (labels[:, k] == others)), asked + decided
-    pairs = int((asked > 0).sum())
-    return rate_interval("annotator_ceiling", float(agrees.sum() / asked.sum()) * pairs, pairs) if pairs else {}
+        agrees += (labels[decided, k] == others[decided]).tolist()
+        prompts += [items[i].prompt for i in np.flatnonzero(decided)]
+    return clustered_rate_interval("annotator_ceiling", agrees, prompts) if agrees else {}
 
 
 def accuracy_by(

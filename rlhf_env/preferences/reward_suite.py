@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_env.errors import DataError
-from rlhf_env.intervals import rate_interval
+from rlhf_env.intervals import clustered_rate_interval
 from rlhf_env.preferences.probes import with_typos
 from rlhf_env.preferences.reward_metrics import length_of
 from rlhf_env.records.jsonl import require_keys
@@ -143,9 +143,10 @@ def suite_texts(items: Sequence[SuiteItem]) -> tuple[list[str], list[tuple[str, 
 def measure_suite(items: Sequence[SuiteItem], scores: Sequence[Floats]) -> dict[str, Any]:
     """How often the chosen responses win, by subset and section; `scores` [K] are those of `suite_texts`.
 
-    subsets   rows of `subset`, `section`, `prompts`, `accuracy` with Wilson's interval, and `length`, RewardBench's
-              tag: "True" where the better responses are the longer ones, so that a liking for length helps, "False"
-              where it hurts, "Neutral". Of Ties also the parts of `ties_score`, which is its accuracy
+    subsets   rows of `subset`, `section`, `prompts`, `accuracy` with its interval, in which items of one prompt are
+              alike, and `length`, RewardBench's tag: "True" where the better responses are the longer ones, so that a
+              liking for length helps, "False" where it hurts, "Neutral". Of Ties also the parts of `ties_score`, which
+              is its accuracy
     sections  rows of `section` and `score`, the mean of its subsets weighted by their prompts; RewardBench's own
               subsets weigh what they do there, however many rows of them are given
     score     the mean of the sections
@@ -167,8 +168,8 @@ def measure_suite(items: Sequence[SuiteItem], scores: Sequence[Floats]) -> dict[
                 continue
             row |= {"accuracy": parts.pop("ties"), **parts}
         else:
-            right = sum(_right(item, s) for item, s in zip(theirs, given, strict=True))
-            row |= rate_interval("accuracy", right, len(index))
+            right = [_right(item, s) for item, s in zip(theirs, given, strict=True)]
+            row |= clustered_rate_interval("accuracy", right, [item.prompt for item in theirs])
         subsets.append(row)
         weighted[section].append((row["accuracy"], _KNOWN[subset][1] if subset in _KNOWN else len(index)))
     sections = [

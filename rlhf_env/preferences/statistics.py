@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rlhf_env.intervals import Z95, rate_interval
+from rlhf_env.intervals import clustered_rate_interval, student_quantile
 from rlhf_env.preferences.splits import normalised
 from rlhf_env.types import Comparison
 
@@ -69,22 +69,31 @@ def preferred_rate(
     """How often the response that leads is preferred: `name`, its 95 % interval, and with "_pairs" of how many pairs.
 
     `leads` says of a comparison's responses i and j which does: above 0 i, below 0 j, 0 neither. Pairs of which neither
-    does, and ties, do not count. The interval (Wilson) counts a comparison once: pairs of one ranking err together.
+    does, and ties, do not count. In the interval (`clustered_rate_interval`) the pairs of a prompt are alike.
     """
-    won = pairs = counted = 0
-    for c in comparisons:
-        decided = [lead * (p - 0.5) > 0 for i, j, p in c.pairs if p != 0.5 and (lead := leads(c, i, j))]
-        won, pairs, counted = won + sum(decided), pairs + len(decided), counted + bool(decided)
-    return rate_interval(name, won / pairs * counted, counted) | {f"{name}_pairs": pairs} if pairs else {}
+    decided = [
+        (lead * (p - 0.5) > 0, c.prompt)
+        for c in comparisons
+        for i, j, p in c.pairs
+        if p != 0.5 and (lead := leads(c, i, j))
+    ]
+    if not decided:
+        return {}
+    won, prompts = zip(*decided, strict=True)
+    return clustered_rate_interval(name, won, prompts) | {f"{name}_pairs": len(won)}
 
 
-def logistic_slope(x: ArrayLike, y: ArrayLike) -> dict[str, float]:
+def logistic_slope(x: ArrayLike, y: ArrayLike, clusters: Sequence[Hashable]) -> dict[str, float]:
     """The b that makes P(y = 1) = σ(b x) likeliest, x and y [N] with y in [0, 1]: `slope` and its 95 % interval.
 
-    Without an intercept: turning a pair round, x to −x and y to 1 − y, changes nothing. Newton's method; the interval
-    is Wald's. Empty where no finite b is likeliest, since all pairs, or none, go with x.
+    Without an intercept: turning a pair round, x to −x and y to 1 − y, changes nothing. Newton's method. What belongs
+    to one of the `clusters` [N] is alike: with U_g the sum of (y − σ(b x)) x over the g-th of G and I the information,
+    the variance is Σ_g U_g² / I² · G / (G − 1) (Liang and Zeger 1986), and the interval Student's with G − 1 degrees of
+    freedom; none for one cluster. Empty where no finite b is likeliest, since all pairs, or none, go with x.
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    number = {cluster: i for i, cluster in enumerate(dict.fromkeys(c for c, d in zip(clusters, x, strict=True) if d))}
+    group = [number[cluster] for cluster, d in zip(clusters, x, strict=True) if d]
     x, y = x[x != 0], y[x != 0]
     with_x = np.where(x > 0, y, 1 - y)
     if not len(x) or with_x.min() == 1 or with_x.max() == 0:
@@ -98,7 +107,11 @@ def logistic_slope(x: ArrayLike, y: ArrayLike) -> dict[str, float]:
         b += max(-1.0, min(1.0, step))  # the likelihood is concave, but far from its maximum Newton's step is too long
         if abs(step) < 1e-12:
             break
-    half = Z95 / math.sqrt(information)
+    if (groups := len(number)) < 2:
+        return {"slope": b / scale}
+    sums = np.bincount(group, (y - 0.5 - 0.5 * np.tanh(b * x / 2)) * x)
+    variance = float((sums * sums).sum()) / information**2 * groups / (groups - 1)
+    half = student_quantile(groups - 1) * math.sqrt(variance)
     return {"slope": b / scale, "slope_low": (b - half) / scale, "slope_high": (b + half) / scale}
 
 
@@ -106,8 +119,9 @@ def _length_bias(comparisons: Sequence[Comparison], length: Callable[[str], int]
     lengths = {id(c): [length(response) for response in c.responses] for c in comparisons}
     ratios = [math.log((1 + n[i]) / (1 + n[j])) for c in comparisons for n in [lengths[id(c)]] for i, j, _ in c.pairs]
     preferences = [preference for c in comparisons for _, _, preference in c.pairs]
+    prompts = [c.prompt for c in comparisons for _ in c.pairs]
     rate = preferred_rate("longer_preferred", comparisons, lambda c, i, j: _sign(lengths[id(c)][i] - lengths[id(c)][j]))
-    return rate | logistic_slope(ratios, preferences)
+    return rate | logistic_slope(ratios, preferences, prompts)
 
 
 def _shown_earlier(c: Comparison, i: int, j: int) -> int:

@@ -24,7 +24,14 @@ from rlhf_env.reward_models.ensemble import Ensemble
 from rlhf_env.reward_models.load import load_reward
 from rlhf_env.text.codec import Codec
 from rlhf_env.text.prompts import load_prompts
-from rlhf_env.training.config import EnvConfig, EvaluateConfig, GenerateConfig, PreferConfig, TrainConfig
+from rlhf_env.training.config import (
+    EnvConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    PreferConfig,
+    RewardEvalConfig,
+    TrainConfig,
+)
 from rlhf_env.types import Policy, RewardModel
 
 _HELD_OUT_STREAM = 2
@@ -107,8 +114,9 @@ def split_prompts(prompts: Sequence[str], seed: int, share: float = 0.1) -> tupl
     return [p for p in prompts if p not in held_out], [p for p in distinct if p in held_out]
 
 
-def load_sampler(config: PreferConfig | EvaluateConfig | GenerateConfig) -> CausalLM | RemoteLM:
-    """The policy of settings that only want its responses: a model, or a server that has one."""
+def load_sampler(config: PreferConfig | EvaluateConfig | GenerateConfig | RewardEvalConfig) -> CausalLM | RemoteLM:
+    """The policy of settings that only want its responses and name one: a model, or a server that has one."""
+    assert config.policy is not None
     if is_url(config.policy):
         return RemoteLM.connect(config.policy, config.server)
     return CausalLM.from_pretrained(config.policy, device=config.device, dtype=config.dtype)

@@ -219,8 +219,8 @@ def _markdown(table: Table) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text that Markdown shows as it is: no markup, no link, no table of its own."""
-    return re.sub(r"\[(?!-?\d)|[\\`*_<|&]|(?<=\])\(", r"\\\g<0>", safe_text(text))
+    """A text that Markdown shows as it is: no markup, no formula, no link (nor a bare address), no table of its own."""
+    return re.sub(r"\[(?!-?\d)|[\\`*_~$<|&@]|(?<=\])\(|:(?=//)|(?<=www)\.", r"\\\g<0>", safe_text(text), flags=re.I)
 
 
 def _title(text: str) -> str:

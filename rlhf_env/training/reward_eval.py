@@ -36,7 +36,7 @@ from rlhf_env.text.corpus import BUILT_IN_REVIEWS, film_reviews, review_openings
 from rlhf_env.text.prompts import load_prompts
 from rlhf_env.training.assemble import load_sampler, parse_device
 from rlhf_env.training.collect import collect
-from rlhf_env.training.config import GenerateConfig, RewardEvalConfig
+from rlhf_env.training.config import RewardEvalConfig
 from rlhf_env.training.evaluate import best_of_n_path, response_texts
 from rlhf_env.training.inference import BEST_OF_SEED, Progress, unscored_envs
 from rlhf_env.training.report import surroundings
@@ -204,19 +204,9 @@ def disagreement(
 
 def _draw(config: RewardEvalConfig, progress: Progress | None) -> tuple[list[str], list[tuple[str, ...]]]:
     """Each of the different prompts, and `best_of` responses of the policy to it."""
-    assert config.policy is not None and config.prompts is not None
+    assert config.prompts is not None
     prompts, n = list(dict.fromkeys(load_prompts(config.prompts))), config.best_of
-    wanted = GenerateConfig(
-        config.policy,
-        config.prompts,
-        seed=config.seed,
-        device=config.device,
-        dtype=config.dtype,
-        num_envs=config.num_envs,
-        env=config.env,
-        server=config.server,
-    )
-    policy = load_sampler(wanted)
+    policy = load_sampler(config)
     envs = unscored_envs(config.env, config.num_envs, prompts, config.prompts, policy)
     drawn = [prompt for prompt in prompts for _ in range(n)]
     tell = None if progress is None else lambda more: progress(more, len(drawn))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -209,6 +210,63 @@ def test_an_update_is_the_paper_written_out():
     written_out(expected, rollout, config, steps, progress=0.25)
     for a, b in zip(policy.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-7, rtol=0)  # whitening's ε of 1e-8 is all that differs
+
+
+# --- the scale of rewards --------------------------------------------------------------------------
+
+
+def two_batches() -> list[Rollout]:
+    envs = make_envs(4, reference=random_model(dtype="float64"))
+    return [collect(random_model(seed=1, dtype="float64"), envs, episodes=8, seed=seed) for seed in (1, 2)]
+
+
+def learned(config: PPOConfig, batches: list[Rollout]) -> torch.Tensor:
+    agent = PPO(random_model(seed=1, dtype="float64"), config)
+    for batch in batches:
+        agent.update(batch)
+    return torch.cat([weight.flatten() for weight in agent.policy.parameters()])
+
+
+def divided(rollout: Rollout, by: list[Rollout]) -> Rollout:
+    seen = torch.cat([other.reward[other.response_mask] for other in by])
+    return dataclasses.replace(rollout, reward=rollout.reward / (seen.square().sum() / len(seen)).sqrt())
+
+
+@pytest.mark.parametrize("scale", ["batch", "running"])
+def test_rewards_are_divided_by_their_root_mean_square_of_this_batch_or_of_all_so_far(scale):
+    first, second = batches = two_batches()
+    plain, config = PPOConfig(learning_rate=1e-3), PPOConfig(learning_rate=1e-3, reward_scale=scale)
+    kept = second.reward.clone()
+    expected = learned(plain, [divided(first, [first]), divided(second, batches if scale == "running" else [second])])
+    torch.testing.assert_close(learned(config, batches), expected, atol=1e-9, rtol=0)
+    assert not torch.allclose(learned(plain, batches), expected, atol=1e-6)
+    assert torch.equal(second.reward, kept), "what the environment reports stays what it is"
+
+
+@pytest.mark.parametrize("scale", ["batch", "running"])
+def test_scaled_the_unit_of_reward_does_not_matter(scale):
+    """Score and β in another unit, and the same update: unscaled, the value loss would outweigh all else."""
+    config, batches = PPOConfig(learning_rate=1e-3, reward_scale=scale), two_batches()
+    louder = [dataclasses.replace(batch, reward=1000 * batch.reward) for batch in batches]
+    torch.testing.assert_close(learned(config, louder), learned(config, batches), atol=1e-9, rtol=0)
+
+
+def test_rewards_of_zero_stay_zero():
+    batch = dataclasses.replace(two_batches()[0], reward=torch.zeros_like(two_batches()[0].reward))
+    config = PPOConfig(learning_rate=1e-3)
+    assert torch.equal(learned(dataclasses.replace(config, reward_scale="batch"), [batch]), learned(config, [batch]))
+
+
+def test_the_running_scale_is_part_of_the_state():
+    first, second = two_batches()
+    config = PPOConfig(learning_rate=1e-3, reward_scale="running")
+    one, two = (PPO(random_model(seed=1, dtype="float64"), config) for _ in range(2))
+    one.update(first)
+    two.policy.load_state_dict(one.policy.state_dict())  # type: ignore[attr-defined]
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    for agent in (one, two):
+        agent.update(second)
+    assert all(map(torch.equal, one.policy.parameters(), two.policy.parameters()))
 
 
 def test_one_minibatch_of_all_is_the_gradient_of_all_in_any_order():

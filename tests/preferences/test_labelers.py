@@ -231,8 +231,8 @@ def test_utilities_are_grouped_as_the_responses_are():
 
 
 def test_agreement_by_hand():
-    right, wrong = Comparison("p", ("a", "b"), (0, 1)), Comparison("p", ("a", "b"), (1, 0))
-    found = label_agreement([right, right, right, wrong], [[1.0, 0.0]] * 4)
+    labels = [Comparison(prompt, ("a", "b"), (0, 1) if prompt in "pqr" else (1, 0)) for prompt in "pqrs"]
+    found = label_agreement(labels, [[1.0, 0.0]] * 4)
     assert found["label_agreement"] == 0.75
     # Wilson (1927) for 3 of 4, worked out separately: (0.75 + z²/8 ± z √(0.1875/4 + z²/64)) / (1 + z²/4), z = 1.95996
     assert found["label_agreement_low"] == pytest.approx(0.30064, abs=1e-5)
@@ -247,11 +247,11 @@ def test_ties_of_either_side_are_not_counted():
     assert label_agreement([tie], [[1.0, 0.0]]) == label_agreement([], []) == {}
 
 
-def test_a_ranking_gives_its_pairs_but_is_one_observation():
+def test_a_prompt_gives_its_pairs_but_is_one_observation():
     ranking = Comparison("p", ("a", "b", "c"), (0, 1, 2))
     found = label_agreement([ranking, ranking], [[3.0, 2.0, 1.0], [2.0, 3.0, 1.0]])  # 3 of 3 and 2 of 3 pairs
     assert found["label_agreement"] == pytest.approx(5 / 6)
-    z2, p, n = 1.959963984540054**2, 5 / 6, 2
+    z2, p, n = 1.959963984540054**2, 5 / 6, 1
     half = math.sqrt(z2) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     assert found["label_agreement_high"] - found["label_agreement_low"] == pytest.approx(2 * half)
 

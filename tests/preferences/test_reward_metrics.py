@@ -47,6 +47,13 @@ def test_accuracy_s_interval_counts_the_same_responses_once_however_many_labeler
     assert found == {**rate_interval("accuracy", 1, 1), "accuracy_pairs": 6}
 
 
+def test_comparisons_of_one_prompt_are_alike_in_the_interval_of_accuracy():
+    """Prompts p and q, right and wrong ten times each: as much as one comparison says, not as twenty do."""
+    comparisons = [pair(f"a{i}", f"b{i}", prompt) for prompt in "pq" for i in range(10)]
+    found = accuracy("x", comparisons, arrays(*[[1, 0]] * 10, *[[0, 1]] * 10))
+    assert found == {**rate_interval("x", 0.5, 1), "x_pairs": 20}
+
+
 def test_accuracy_among_some_pairs_only():
     comparisons, scores = [pair("long", "s"), pair("s", "long", "q")], arrays([1, 0], [0, 1])
     right = accuracy("x", comparisons, scores, lambda c, better, worse: len(c.responses[better]) > 1)
@@ -80,22 +87,22 @@ def test_calibration_by_hand_in_both_orders():
 
 def test_one_scale_makes_any_score_a_logit():
     data = [2.0] * 4, [1, 1, 1, 0]  # σ(2b) = 3/4
-    found = scaled_calibration(data, data)
+    found = scaled_calibration(data, data, range(len(data[0])))
     assert found["scale"] == pytest.approx(math.log(3) / 2)
     assert found["scaled_ece"] == pytest.approx(0, abs=1e-9)
     assert found["scaled_log_loss"] == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
 
 
 def test_the_scale_of_a_reward_that_prefers_what_people_do_not_is_negative():
-    found = scaled_calibration(([1.0] * 4, [0, 0, 0, 1]), ([1.0], [0]))
+    found = scaled_calibration(([1.0] * 4, [0, 0, 0, 1]), ([1.0], [0]), range(4))
     assert found["scale"] == pytest.approx(-math.log(3))
     assert found["scaled_log_loss"] == pytest.approx(-math.log(0.75))
 
 
 def test_no_scale_where_none_is_likeliest():
-    assert scaled_calibration(([1.0, 2.0], [1, 1]), ([1.0], [1])) == {}  # the larger the better
-    assert scaled_calibration(([0.0], [1]), ([1.0], [1])) == {}
-    assert scaled_calibration(([1.0] * 2, [1, 0]), ([], [])) == {}
+    assert scaled_calibration(([1.0, 2.0], [1, 1]), ([1.0], [1]), "ab") == {}  # the larger the better
+    assert scaled_calibration(([0.0], [1]), ([1.0], [1]), "a") == {}
+    assert scaled_calibration(([1.0] * 2, [1, 0]), ([], []), "ab") == {}
 
 
 # --- rank correlation ------------------------------------------------------------------------------
@@ -166,7 +173,8 @@ def test_the_ceiling_is_how_well_the_others_majority_predicts_a_label():
 
     # Of the first pair three labels agree with the others. Of the second x and y see the others divided, z is wrong.
     comparisons = judged("p", True, True, True) + judged("q", True, True, False)
-    assert annotator_ceiling(comparisons) == rate_interval("annotator_ceiling", 0.75 * 2, 2)
+    # What two prompts say of others, as different as they are, is what one label would say.
+    assert annotator_ceiling(comparisons) == rate_interval("annotator_ceiling", 0.75, 1)
 
 
 def test_no_ceiling_of_one_labeler_or_of_ties():

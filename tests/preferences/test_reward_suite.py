@@ -35,6 +35,13 @@ def by_subset(found):
 
 def test_rewardbench_as_published():
     assert [sum(n for n, _ in those.values()) for those in REWARDBENCH.values()] == [358, 456, 740, 6 * 164 + 984]
+    subsets = [pair for those in REWARDBENCH.values() for pair in those.values()]
+    assert len(subsets) == 23
+    assert {tag: sum(n for n, t in subsets if t == tag) for _, tag in subsets} == {
+        "True": 100 + 95 + 154,  # AlpacaEval easy and hard, XSTest should respond
+        "Neutral": 95 + 40 + 100 + 47 + 984 + 6 * 164,  # … length, MT medium, LLMBar natural and GPTOut, math, code
+        "False": 28 + 37 + 134 + 92 + 46 + 100 + 100 + 250 + 136,  # MT easy and hard, other LLMBar, other Safety
+    }
 
 
 def test_sections_weigh_rewardbench_s_subsets_as_it_does():

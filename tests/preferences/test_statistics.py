@@ -138,12 +138,24 @@ def test_without_an_order_nothing_is_said_of_position():
 
 
 def test_two_kinds_of_pairs_give_the_slope_by_hand():
-    """3 of 4 with x = log 2: σ(b log 2) = 3/4, so b = log 3 / log 2; Fisher's information is 4 · 3/16 · log² 2."""
-    found = logistic_slope([math.log(2)] * 4, [1, 1, 1, 0])
-    assert found["slope"] == pytest.approx(math.log(3) / math.log(2), rel=1e-10)
-    half = 1.959963984540054 / math.sqrt(4 * 3 / 16 * math.log(2) ** 2)
-    assert found["slope_high"] - found["slope"] == pytest.approx(half, rel=1e-10)
-    assert found["slope"] - found["slope_low"] == pytest.approx(half, rel=1e-10)
+    """3 of 4 with x = log 2: σ(b log 2) = 3/4, so b = log 3 / log 2.
+
+    Fisher's information is 4 · 3/16 · log² 2, and U = (y − 3/4) log 2. Of four prompts ΣU² = (3 · 1/16 + 9/16) log² 2,
+    of two, the first with two that go with x, (1/4 + 1/4) log² 2. Student's t is 3.182446 of three degrees of freedom
+    and 12.706205 of one.
+    """
+    unit = math.log(2)
+    for prompts, squares, groups, t in [("abcd", 0.75, 4, 3.182446), ("aabb", 0.5, 2, 12.706205)]:
+        found = logistic_slope([unit] * 4, [1, 1, 1, 0], prompts)
+        assert found["slope"] == pytest.approx(math.log(3) / unit, rel=1e-10)
+        half = t * math.sqrt(squares / 0.75**2 * groups / (groups - 1)) / unit
+        assert found["slope_high"] - found["slope"] == pytest.approx(half, rel=1e-10)
+        assert found["slope"] - found["slope_low"] == pytest.approx(half, rel=1e-10)
+    assert logistic_slope([unit] * 4, [1, 1, 1, 0], "aaaa") == {"slope": found["slope"]}
+
+
+def test_pairs_without_a_difference_are_no_prompts_that_are_known():
+    assert logistic_slope([1, 1, 0, 0], [1, 0, 1, 1], "abcd") == logistic_slope([1, 1], [1, 0], "ab")
 
 
 @given(
@@ -153,20 +165,21 @@ def test_two_kinds_of_pairs_give_the_slope_by_hand():
 def test_the_slope_is_where_the_likelihood_is_flat_and_turning_pairs_changes_nothing(pairs, unit):
     x, y = (np.array(column) for column in zip(*pairs, strict=True))
     x = np.where(abs(x) < 0.1, 0, x) * unit
-    found = logistic_slope(x, y)
+    found = logistic_slope(x, y, range(len(x)))
     with_x = np.where(x > 0, y, 1 - y)[x != 0]
     if not len(with_x) or with_x.min() == 1 or with_x.max() == 0:
         assert found == {}
         return
     gradient = ((y - 1 / (1 + np.exp(-found["slope"] * x))) * x / unit).sum()
     assert abs(gradient) < 1e-6
-    assert logistic_slope(-x, 1 - y)["slope"] == pytest.approx(found["slope"], rel=1e-9, abs=1e-12 / unit)
+    turned = logistic_slope(-x, 1 - y, range(len(x)))
+    assert turned["slope"] == pytest.approx(found["slope"], rel=1e-9, abs=1e-12 / unit)
 
 
 @pytest.mark.parametrize("y", [[1, 0], [0, 1]])
 def test_where_all_pairs_go_one_way_no_slope_is_likeliest(y):
-    assert logistic_slope([0.5, -1.0], y) == {}
-    assert logistic_slope([], []) == {} and logistic_slope([0.0], [1]) == {}
+    assert logistic_slope([0.5, -1.0], y, "ab") == {}
+    assert logistic_slope([], [], []) == {} and logistic_slope([0.0], [1], "a") == {}
 
 
 # --- labelers --------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from rlhf_env.errors import ConfigError
 from rlhf_env.reward_models.averaged import average_weights
 from rlhf_env.reward_models.classifier import ClassifierReward
+from rlhf_env.reward_models.heads import Disentangled, Groups, Head, MeanVariance, stored
 from rlhf_env.text.tokenizers import char_tokenizer
 from tests.reward_models.test_classifier import TEXTS, save
 
@@ -95,3 +98,25 @@ def test_members_that_differ_in_more_than_weights_are_refused(tmp_path):
         average_weights([ClassifierReward(two, label=0), ClassifierReward(two, label=1)])
     with pytest.raises(ConfigError, match="no reward models whose weights"):
         average_weights([])
+
+
+def headed(folder, head: Head) -> ClassifierReward:
+    save(folder, labels=len(head.labels))
+    reward = ClassifierReward(folder, label=0)
+    reward.model.config.update(stored(head))
+    return ClassifierReward.from_model(reward.model, reward.tokenizer)
+
+
+def test_logits_of_which_heads_make_different_numbers_are_not_averaged(tmp_path):
+    """The shapes are the same: of a mean and its spread, of a quality and a length, of two groups."""
+    heads = [MeanVariance(), MeanVariance(risk=1.0), Disentangled(), Groups(("a", "b"), (0.5, 0.5))]
+    for a, b in itertools.permutations(heads, 2):
+        with pytest.raises(ConfigError, match="another .*(head|risk)"):
+            average_weights([headed(tmp_path / "a", a), headed(tmp_path / "b", b)])
+
+
+def test_a_heads_own_moments_are_settled_anew(tmp_path):
+    groups = [Groups(("a", "b"), (0.5, 0.5), means=(k, 0.0), stds=(1.0, 2.0)) for k in (0.0, 5.0)]
+    averaged = average_weights([headed(tmp_path / "m", group) for group in groups], *READ)
+    every = averaged.all_logits(*READ)
+    assert averaged.head.means == pytest.approx(every.mean(0)) and averaged.head.stds == pytest.approx(every.std(0))

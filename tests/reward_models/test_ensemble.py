@@ -45,6 +45,9 @@ def test_equal_members_are_that_member():
 def test_an_ensemble_has_members_and_two_to_disagree():
     with pytest.raises(ConfigError, match="at least one member, this one has none"):
         Ensemble([])
+    for bonus in (float("nan"), float("-inf")):
+        with pytest.raises(ConfigError, match=f"bonus of an ensemble must be finite, it is {bonus}"):
+            Ensemble([long, short], bonus=bonus)
     with pytest.raises(ConfigError, match="are at least two, and this ensemble with a bonus has one"):
         Ensemble([long], bonus=0.5)
 

@@ -128,6 +128,7 @@ def test_a_server_and_how_it_is_asked(tmp_path):
         ({"kind": "mean", "members": "vader"}, "members must be a list"),
         ({"kind": "quantile", **TWO, "q": "low"}, "q must be a finite number"),
         ({"kind": "quantile", **TWO, "q": 2}, "a quantile is between 0 and 1"),
+        ({"kind": "lower_bound", **TWO, "k": -1}, "k must be at least 0, it is -1"),
         ({"kind": "sum", "parts": {"a": {"reward": LENGTH, "wieght": 2}}}, "there is no setting parts.a.wieght"),
         ({"kind": "sum", "parts": {"a": {"reward": {"kind": "cached"}}}}, "the setting parts.a.reward.reward is miss"),
         ({"kind": "sum", "parts": {"a": LENGTH}}, "parts.a must be a mapping"),

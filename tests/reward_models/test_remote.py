@@ -66,6 +66,16 @@ def test_the_token_is_its_own_and_never_shown(monkeypatch):
             RemoteReward(served.url, QUICK).score(["a"], ["b"])
 
 
+@pytest.mark.parametrize("answer", [{"authorization": "Bearer s3cret"}, {"id": "s3cret", "scores": [1.0]}])
+def test_a_server_that_says_the_token_again_does_not_get_it_shown(monkeypatch, answer):
+    """As those do that answer with the headers they got, with status 200."""
+    monkeypatch.setenv(REWARD_KEY, "s3cret")
+    with serving(lambda c, b, n: reply(c, answer)) as served:
+        with pytest.raises(RemoteError, match=f"‹{REWARD_KEY}›") as caught:
+            RemoteReward(served.url, QUICK).score(["a"], ["b"])
+    assert "s3cret" not in str(caught.value)
+
+
 def test_a_url_that_cannot_be_asked_is_refused_at_once():
     with pytest.raises(ConfigError, match="no http:// or https:// URL"):
         RemoteReward("ftp://host/score")

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
-from http.client import HTTPConnection
+from http.client import HTTPConnection, RemoteDisconnected
 from typing import Any
 
 import numpy as np
@@ -152,6 +152,21 @@ def test_a_model_that_fails_says_so_and_the_server_goes_on(capsys):
             RemoteReward(server.url, QUICK).score([""], ["boom"])
         assert "secret" not in str(caught.value) and "of /secret/path" in capsys.readouterr().err
         np.testing.assert_array_equal(RemoteReward(server.url, QUICK).score([""], ["fine"]), [1])
+
+
+def test_an_error_of_the_servers_own_is_told_and_a_client_that_left_is_not(monkeypatch, capsys):
+    errors = [BrokenPipeError("gone"), TimeoutError("silent"), KeyError("a mistake of ours")]
+
+    def breaks(body):
+        raise errors.pop(0)
+
+    with running() as server:
+        monkeypatch.setattr(server, "answer", breaks)
+        while errors:
+            with pytest.raises(RemoteDisconnected):
+                ask(server, "POST", "/score", ASK)
+    told = capsys.readouterr().err
+    assert "a mistake of ours" in told and "gone" not in told and "silent" not in told
 
 
 def test_a_client_that_is_silent_or_leaves_stops_nobody(monkeypatch):

@@ -28,9 +28,9 @@ def stopping_after(update: int, error: type[BaseException], *args: Any) -> Any:
     return on_update
 
 
-@pytest.mark.parametrize("agent", AGENTS)
-def test_a_resumed_run_is_the_one_that_was_not_interrupted(agent, tmp_path):
-    config = replace(tiny_training(tmp_path, agent), updates=4)
+@pytest.mark.parametrize(("agent", "more"), [*((agent, {}) for agent in AGENTS), ("ppo", {"reward_scale": "running"})])
+def test_a_resumed_run_is_the_one_that_was_not_interrupted(agent, more, tmp_path):
+    config = replace(tiny := tiny_training(tmp_path, agent), updates=4, settings={**tiny.settings, **more})
     run_training(config, tmp_path / "straight")
     rows = Run(tmp_path / "straight").metrics
     assert [row["update"] for row in rows] == [1, 2, 3, 4]

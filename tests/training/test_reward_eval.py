@@ -205,7 +205,7 @@ def test_the_built_in_reviews_are_ranked_by_gold():
 
 
 def test_names_out_of_files_stay_text_in_the_card(folder, tmp_path):
-    evil = "</table><img src=x> | [click](javascript:alert(1)) `*_\x1b[2J\n# title"
+    evil = "</table><img src=x> | [click](javascript:alert(1)) `*_\x1b[2J\n# title ~~x $y https://e www.e.org a@e.org"
     rows = [
         {"prompt": f"{i}", "responses": ["aa", "b"], "ranks": [i % 2, 1 - i % 2], "labeler": (evil, "other")[i % 2]}
         for i in range(60)
@@ -214,7 +214,8 @@ def test_names_out_of_files_stay_text_in_the_card(folder, tmp_path):
     settings = config(folder, comparisons=write_rows(tmp_path / "evil.jsonl", *rows), suite=suite)
     card = reward_card(settings, run_reward_eval(settings), figure=False)
     assert "\x1b" not in card and "\n# title" not in card
-    for raw in ("<img", "](java", " | ["):
+    assert "www\\.e" in card and "www.e" not in card  # GitHub makes links of bare addresses
+    for raw in ("<img", "](java", " | [", "~x", "$y", "://e", "@e"):
         assert all(line.count(raw) == line.count("\\" + raw.lstrip()) for line in card.splitlines() if raw in line), raw
 
 
