@@ -6,18 +6,18 @@ supervised fine-tuning (§3), and judgements by a principle drawn for each query
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from rlhf_env.errors import ConfigError, DataError
-from rlhf_env.preferences.judge import ASKED_VERDICT, SHOWN_PAIR, Generate, JudgeLabeler, fill_template
-from rlhf_env.preferences.populations import Population
+from rlhf_env.preferences.judge import ASKED_VERDICT, SHOWN_PAIR, Generate, fill_template
 from rlhf_env.records.config import build, read_layer
 from rlhf_env.records.jsonl import write_jsonl
 from rlhf_env.text.sources import read_lines
+from rlhf_env.types import Labeler
 
 _PRINCIPLE_STREAM = 7  # apart from those of labelers and populations
 
@@ -41,6 +41,10 @@ CRITIQUE_TEMPLATE = _SHOWN + "{request}\n\nCritique:"
 REVISION_TEMPLATE = _SHOWN + "Critique:\n{fence}\n{critique}\n{fence}\n\n{request}\n\nRevision:"
 #: What a judge by a principle is asked.
 PRINCIPLE_TEMPLATE = f"{SHOWN_PAIR}Which response follows this principle better? {{principle}}\n{ASKED_VERDICT}"
+#: What a judge by a principle is asked whose next word is the verdict.
+PRINCIPLE_NEXT_WORD_TEMPLATE = (
+    f"{SHOWN_PAIR}Which response follows this principle better, A or B? {{principle}}\nThe better response is"
+)
 
 
 @dataclass(frozen=True)
@@ -166,17 +170,16 @@ def write_revisions(path: str | Path, revised: Iterable[Revised], *, model: str 
 
 
 def principle_judges(
-    generate: Generate, principles: Sequence[Principle], *, seed: int = 0, template: str = PRINCIPLE_TEMPLATE
-) -> Population:
-    """AI labels: a `JudgeLabeler` for each principle, named by it; each query goes to one, drawn from (seed, query).
+    judge: Callable[..., Labeler], principles: Sequence[Principle], *, template: str = PRINCIPLE_TEMPLATE
+) -> list[Labeler]:
+    """AI labels: a judge for each principle, named by it; a `Population` of them puts each query to one.
 
-    The judge's template is `template` with the principle in place of `{principle}`.
+    `judge` is `JudgeLabeler` or `LogOddsJudge` with its model, such as `partial(JudgeLabeler, generate)`; `template`
+    has the place `{principle}` besides.
     """
-    judges = [
-        JudgeLabeler(generate, template=template.replace("{principle}", p.principle), name=f"principle: {p.principle}")
-        for p in principles
+    return [
+        judge(template=template, texts={"principle": p.principle}, name=f"principle: {p.principle}") for p in principles
     ]
-    return Population(judges, seed=seed)
 
 
 def _draw(principles: Sequence[Principle], seed: int, i: int, n: int) -> Principle:

@@ -150,6 +150,16 @@ def test_more_than_two_are_ranked_by_their_points():
     assert one_unclear.rank(["p"], [["x", "y", "z"]], [0]) == [None]
 
 
+def test_two_responses_of_the_same_text_are_a_tie_and_not_asked_about():
+    """Nobody wins such a pair clearly, so asking would leave every such ranking without an answer."""
+    for policy in ("tie", "skip"):
+        model = Longest()
+        judge = JudgeLabeler(model, tie_policy=policy)
+        assert judge.rank(["p"], [["aa", "b", "aa"]], [0]) == [(0, 1, 0)]
+        assert [shown(question) for question in model.calls[0]] == [("aa", "b"), ("b", "aa"), ("b", "aa"), ("aa", "b")]
+        assert judge.counts["replies"] == 4
+
+
 def test_an_answer_does_not_depend_on_what_else_is_asked():
     judge, pairs = JudgeLabeler(Longest()), [["a", "bb"], ["ccc", "d"], ["ee", "ff"]]
     together = judge.rank(["p"] * 3, pairs, range(3))
@@ -226,6 +236,8 @@ def test_its_ranks_follow_its_probabilities():
     judge = LogOddsJudge(odds)
     assert judge.rank(["p"] * 3, [["aa", "b"], ["b", "aa"], ["x", "y"]], range(3)) == [(0, 1), (1, 0), (0, 0)]
     assert judge.rank(["p", "q"], [["aa", "b", "ccc"], ["b", "aa"]], range(2)) == [(1, 2, 0), (1, 0)]
+    assert judge.rank(["p", "q"], [["aa", "b", "aa"], ["x", "x"]], range(2)) == [(0, 1, 0), (0, 0)]
+    assert judge.preferences(["p", "q"], [("x", "x"), ("aa", "b")]).tolist() == pytest.approx([0.5, 0.7310585786300049])
 
 
 def test_soft_comparisons_keep_the_probability():

@@ -52,7 +52,11 @@ def test_asterisks_with_spaces_inside_are_not_bold():
 
 
 def test_a_lexicon_knows_words_in_lower_case_whatever_alphabet():
-    assert Lexicon({"straße": 1.0, "ça": 1.0}).score(["p"] * 3, ["Straße", "STRASSE", "Ça!"]).tolist() == [1.0, 0.0, 1.0]
+    assert Lexicon({"straße": 1.0, "ça": 1.0}).score(["p"] * 3, ["Straße", "STRASSE", "Ça!"]).tolist() == [
+        1.0,
+        0.0,
+        1.0,
+    ]
 
 
 def test_a_lexicon_adds_its_words_whatever_their_case_and_punctuation():
