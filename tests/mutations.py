@@ -1924,7 +1924,7 @@ MUTATIONS = [
     Mutation(
         "ranks are of the order of presentation",
         "rlhf_env/training/prefer.py",
-        "answer[orders[q].index(i)]",
+        "answer[order.index(i)]",
         "answer[i]",
         PREFER,
     ),

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_env.errors import ConfigError, DataError
-from rlhf_env.types import Comparison
 
 #: Texts of a language model, one for each prompt.
 Generate = Callable[[Sequence[str]], Sequence[str]]
@@ -191,16 +190,6 @@ class LogOddsJudge:
                 between[j, i] = -between[i, j]
             matrices.append(between)
         return matrices
-
-
-def soft_comparisons(
-    judge: LogOddsJudge, prompts: Sequence[str], pairs: Sequence[tuple[str, str]], *, policy: str = ""
-) -> list[Comparison]:
-    """Comparisons of pairs of responses that keep the judge's probabilities (`Comparison.preference`)."""
-    return [
-        Comparison(prompt, (first, second), (int(p < 0.5), int(p > 0.5)), judge.name, policy, preference=float(p))
-        for prompt, (first, second), p in zip(prompts, pairs, judge.preferences(prompts, pairs), strict=True)
-    ]
 
 
 class _Questions:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_env.errors import DataError
 from rlhf_env.preferences.comparisons import write_comparisons
+from rlhf_env.preferences.judge import LogOddsJudge
 from rlhf_env.preferences.labelers import label_agreement, present, utilities_of
 from rlhf_env.preferences.populations import Population
 from rlhf_env.records.config import to_dict
@@ -110,7 +111,8 @@ def ask(
     """What labelers say of each prompt's K responses, which are shown in a random order made from (seed, query).
 
     One comparison for each answer, in the order of the queries. A query that a labeler skips is none; those of a
-    population that are asked the same query see the same order.
+    population that are asked the same query see the same order. Of two responses a `LogOddsJudge`'s probability is kept
+    (`Comparison.preference`).
     """
     orders = [present(len(those), seed, query) for those, query in zip(responses, queries, strict=True)]
     shown = [[those[i] for i in order] for those, order in zip(responses, orders, strict=True)]
@@ -118,14 +120,32 @@ def ask(
     shares = labelers.shares(queries) if isinstance(labelers, Population) else [(labelers, everywhere)]
     found: list[list[Comparison]] = [[] for _ in queries]
     for labeler, places in shares:
-        answers = labeler.rank([prompts[q] for q in places], [shown[q] for q in places], [queries[q] for q in places])
-        for q, answer in zip(places, answers, strict=True):
+        asked = [prompts[q] for q in places], [shown[q] for q in places], [queries[q] for q in places]
+        for q, answer in zip(places, _answers(labeler, *asked), strict=True):
             if answer is not None:
-                ranks = tuple(answer[orders[q].index(i)] for i in range(len(answer)))
-                found[q].append(
-                    Comparison(prompts[q], tuple(responses[q]), ranks, labeler.name, policy=policy, order=orders[q])
+                ranks, preference = _as_sampled(answer, order := orders[q])
+                said = Comparison(
+                    prompts[q], tuple(responses[q]), ranks, labeler.name, policy, order=order, preference=preference
                 )
+                found[q].append(said)
     return [comparison for those in found for comparison in those]
+
+
+def _answers(
+    labeler: Labeler, prompts: Sequence[str], shown: Sequence[Sequence[str]], queries: Sequence[int]
+) -> Sequence[tuple[int, ...] | float | None]:
+    """Ranks of the responses or, of two, the probability that the first is better, where the labeler knows it."""
+    if isinstance(labeler, LogOddsJudge) and all(len(those) == 2 for those in shown):
+        return labeler.preferences(prompts, shown).tolist()
+    return labeler.rank(prompts, shown, queries)
+
+
+def _as_sampled(answer: tuple[int, ...] | float, order: tuple[int, ...]) -> tuple[tuple[int, ...], float | None]:
+    """Ranks of the responses and preference for the first, in the order in which they were sampled."""
+    if isinstance(answer, tuple):
+        return tuple(answer[order.index(i)] for i in range(len(answer))), None
+    preference = answer if order == (0, 1) else 1 - answer
+    return (int(preference < 0.5), int(preference > 0.5)), preference
 
 
 def _too_few(queries: int, identical: int, comparisons: int) -> str:
