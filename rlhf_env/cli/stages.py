@@ -20,6 +20,7 @@ _PREFER_FLAGS = {
     **_COMMON,
     **{name: name for name in ("policy", "prompts", "gold", "comparisons", "responses", "num_envs")},
     **{name: f"labeler.{name}" for name in ("temperature", "flip_rate")},
+    "judge": "judge.model",
     **{name: f"env.{name}" for name in ("max_new_tokens", "chat_template")},
 }
 _REWARD_FLAGS = _COMMON | _FIT | {n: n for n in ("comparisons", "body", "reference", "prompts", "gold", "held_out")}
@@ -77,6 +78,7 @@ def prefer(
     responses: Annotated[str | None, typer.Option(metavar="K", help=_PREFER["responses"])] = None,
     temperature: Annotated[str | None, typer.Option(metavar="FLOAT", help=_PREFER["labeler.temperature"])] = None,
     flip_rate: Annotated[str | None, typer.Option(metavar="FLOAT", help=_PREFER["labeler.flip_rate"])] = None,
+    judge: Annotated[str | None, typer.Option(help=_PREFER["judge.model"])] = None,
     max_new_tokens: Annotated[str | None, typer.Option(metavar="N", help=_PREFER["env.max_new_tokens"])] = None,
     chat_template: Annotated[str | None, typer.Option(help=_PREFER["env.chat_template"])] = None,
     num_envs: Annotated[str | None, typer.Option(metavar="N", help=_PREFER["num_envs"])] = None,
@@ -86,7 +88,10 @@ def prefer(
     config: Config = None,
     threads: Threads = None,
 ) -> None:
-    """Sample K responses to each prompt and let a simulated labeler rank them: OUT/comparisons.jsonl."""
+    """Sample K responses to each prompt and let a simulated labeler, or a judge, rank them: OUT/comparisons.jsonl.
+
+    A judge is a language model, local or behind a server, which is asked which of two responses is better.
+    """
     given = locals()
     flags = {key: given[name] for name, key in _PREFER_FLAGS.items()}
     folder = _required(out)

@@ -170,16 +170,18 @@ def write_revisions(path: str | Path, revised: Iterable[Revised], *, model: str 
 
 
 def principle_judges(
-    judge: Callable[..., Labeler], principles: Sequence[Principle], *, template: str = PRINCIPLE_TEMPLATE
+    judge: Callable[..., Labeler],
+    principles: Sequence[Principle],
+    *,
+    template: str = PRINCIPLE_TEMPLATE,
+    name: str = "principle: ",
 ) -> list[Labeler]:
-    """AI labels: a judge for each principle, named by it; a `Population` of them puts each query to one.
+    """AI labels: a judge for each principle, called `name` and the principle.
 
-    `judge` is `JudgeLabeler` or `LogOddsJudge` with its model, such as `partial(JudgeLabeler, generate)`; `template`
-    has the place `{principle}` besides.
+    A `Population` of them puts each query to one. `judge` is `JudgeLabeler` or `LogOddsJudge` with its model, such as
+    `partial(JudgeLabeler, generate)`; `template` has the place `{principle}` besides.
     """
-    return [
-        judge(template=template, texts={"principle": p.principle}, name=f"principle: {p.principle}") for p in principles
-    ]
+    return [judge(template=template, texts={"principle": p.principle}, name=name + p.principle) for p in principles]
 
 
 def _draw(principles: Sequence[Principle], seed: int, i: int, n: int) -> Principle:

@@ -84,11 +84,12 @@ def plan(config: PipelineConfig, out: Path) -> list[Stage]:
     learned = config.reward_model is None
     agent, data = (config.train.get(name) for name in ("agent", "data"))
     compared = data is None and isinstance(agent, str) and _learns_from(agent) == "pairs"
-    if (learned or compared) and config.comparisons is None and config.gold is None:
+    judged = not {"judge", "labelers"}.isdisjoint(config.prefer)  # may need no gold, as its own settings make sure
+    if (learned or compared) and config.comparisons is None and config.gold is None and not judged:
         instead = "train.data" if compared and not learned else "reward_model"
         raise ConfigError(
             "the pipeline needs to know what is good: comparisons (a file), gold (the true reward of a simulated "
-            f"labeler) or {instead}"
+            f"labeler), a judge (prefer.judge.model) or {instead}"
         )
     reference = config.policy if config.demonstrations is None else str(out / "sft" / "model")
     train_prompts, eval_prompts = (str(out / "prompts" / f"{name}.jsonl") for name in ("train", "eval"))

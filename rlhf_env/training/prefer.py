@@ -1,15 +1,17 @@
-"""The second stage: responses of a policy, ranked by a simulated labeler."""
+"""The second stage: responses of a policy, ranked by simulated labelers or by a language model."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from rlhf_env.errors import DataError
+from rlhf_env.errors import DataError, RemoteError
+from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.preferences.comparisons import write_comparisons
 from rlhf_env.preferences.judge import LogOddsJudge
 from rlhf_env.preferences.labelers import label_agreement, present, utilities_of
@@ -20,14 +22,15 @@ from rlhf_env.reward_models.load import load_reward
 from rlhf_env.text.prompts import load_prompts, prompt_indices
 from rlhf_env.training.assemble import load_sampler, parse_device
 from rlhf_env.training.collect import collect
-from rlhf_env.training.config import MemberConfig, PreferConfig
+from rlhf_env.training.config import PreferConfig
 from rlhf_env.training.evaluate import response_texts
 from rlhf_env.training.inference import Progress, unscored_envs
-from rlhf_env.training.labelers import build_labelers
+from rlhf_env.training.labelers import build_labelers, reply_counts
 from rlhf_env.training.report import surroundings
 from rlhf_env.types import Comparison, Labeler
 
 SAMPLING_SEED = 1_000_033  # added to the seed: training shall not meet these random numbers again
+_ASKED_TOGETHER = 64  # queries: no more answers are lost with a server
 _MOST_QUERIES = 4  # times those that would do if none had identical responses and none were skipped
 
 
@@ -37,16 +40,25 @@ def run_prefer(config: PreferConfig, out: str | Path, *, progress: Progress | No
     Query q has prompt, responses, order of presentation and answers of its own, made from the seed and q alone. A query
     whose responses are all the same text is not asked, since its answer could teach nothing; it is counted
     (`identical`). So is, of all answers that were asked for (`asked`), each that a labeler would not give (`skipped`).
-    Where several answer each query (`overlap`), there may be a few more comparisons than wanted.
+    Where several answer each query (`overlap`), there may be a few more comparisons than wanted. Of judges the summary
+    has `JudgeLabeler.counts`. Where a server is lost, nothing is made up: `RemoteError`, and the comparisons made
+    before are in the file.
     """
     out = Path(out)
     require_free(out)
     began = time.perf_counter()
     device, prompts = parse_device(config.device), load_prompts(config.prompts)
     load = cache(partial(load_reward, device=device))
-    gold = load(config.gold)
-    one = MemberConfig(labeler=config.labeler, biases=config.biases)
-    labelers = build_labelers(one, config.labelers, config.overlap, gold=config.gold, seed=config.seed, load=load)
+    gold = None if config.gold is None else load(config.gold)
+    labelers = build_labelers(
+        config.one,
+        config.labelers,
+        config.overlap,
+        gold=config.gold,
+        seed=config.seed,
+        load=load,
+        load_model=partial(CausalLM.from_pretrained, device=config.device, dtype=config.dtype),
+    )
     policy = load_sampler(config)
     envs = unscored_envs(config.env, config.num_envs, prompts, config.prompts, policy)
     run, k = Run.create(out, to_dict(config)), config.responses
@@ -54,33 +66,40 @@ def run_prefer(config: PreferConfig, out: str | Path, *, progress: Progress | No
 
     comparisons: list[Comparison] = []
     queries = identical = 0
-    while len(comparisons) < config.comparisons:
-        missing = math.ceil((config.comparisons - len(comparisons)) / config.overlap)
-        if queries + missing > _MOST_QUERIES * wanted:
-            raise DataError(_too_few(queries, identical, len(comparisons)))
-        asked = [prompts[i] for i in prompt_indices(config.seed, queries, missing, len(prompts))]
-        rollout = collect(
-            policy,
-            envs,
-            [prompt for prompt in asked for _ in range(k)],
-            seed=config.seed + SAMPLING_SEED,
-            start=queries * k,
-            progress=None if progress is None else lambda more: progress(more, k * wanted),
-        )
-        texts = response_texts(envs.task, rollout)
-        responses = [tuple(texts[i : i + k]) for i in range(0, len(texts), k)]
-        differ = [i for i, those in enumerate(responses) if len(set(those)) > 1]
-        comparisons += ask(
-            labelers,
-            [asked[i] for i in differ],
-            [responses[i] for i in differ],
-            [queries + i for i in differ],
-            policy=config.server.model or config.policy,
-            seed=config.seed,
-        )
-        queries, identical = queries + missing, identical + missing - len(differ)
+    with _kept(comparisons, out / "comparisons.jsonl"):
+        while len(comparisons) < config.comparisons:
+            missing = math.ceil((config.comparisons - len(comparisons)) / config.overlap)
+            in_vain = not comparisons and queries - identical >= wanted
+            if in_vain or queries + missing > _MOST_QUERIES * wanted:
+                raise DataError(_too_few(queries, identical, len(comparisons), reply_counts(labelers)))
+            asked = [prompts[i] for i in prompt_indices(config.seed, queries, missing, len(prompts))]
+            rollout = collect(
+                policy,
+                envs,
+                [prompt for prompt in asked for _ in range(k)],
+                seed=config.seed + SAMPLING_SEED,
+                start=queries * k,
+                progress=None if progress is None else lambda more: progress(more, k * wanted),
+            )
+            texts = response_texts(envs.task, rollout)
+            responses = [tuple(texts[i : i + k]) for i in range(0, len(texts), k)]
+            differ = [i for i, those in enumerate(responses) if len(set(those)) > 1]
+            for begin in range(0, len(differ), _ASKED_TOGETHER):
+                some = differ[begin : begin + _ASKED_TOGETHER]
+                comparisons += ask(
+                    labelers,
+                    [asked[i] for i in some],
+                    [responses[i] for i in some],
+                    [queries + i for i in some],
+                    policy=config.server.model or config.policy,
+                    seed=config.seed,
+                )
+            queries, identical = queries + missing, identical + missing - len(differ)
     write_comparisons(out / "comparisons.jsonl", comparisons)
-    utilities = utilities_of(gold, [c.prompt for c in comparisons], [c.responses for c in comparisons])
+    agreement = {}
+    if gold is not None:
+        utilities = utilities_of(gold, [c.prompt for c in comparisons], [c.responses for c in comparisons])
+        agreement = label_agreement(comparisons, utilities)
     run.write_summary(
         {
             "comparisons": len(comparisons),
@@ -90,13 +109,28 @@ def run_prefer(config: PreferConfig, out: str | Path, *, progress: Progress | No
             "identical": identical,
             "asked": (asked_for := (queries - identical) * config.overlap),
             "skipped": asked_for - len(comparisons),
-            **label_agreement(comparisons, utilities),
+            **reply_counts(labelers),
+            **agreement,
             "seed": config.seed,
             "seconds": time.perf_counter() - began,
             **surroundings(config.device),
         }
     )
     return run.summary
+
+
+@contextmanager
+def _kept(comparisons: list[Comparison], file: Path) -> Iterator[None]:
+    """Write what there is of the comparisons where a server is lost, or somebody loses patience."""
+    try:
+        yield
+    except (RemoteError, KeyboardInterrupt) as error:
+        if not comparisons:
+            raise
+        write_comparisons(file, comparisons)
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise RemoteError(f"{error}; {len(comparisons)} comparisons were made before, and are in {file}") from None
 
 
 def ask(
@@ -148,14 +182,20 @@ def _as_sampled(answer: tuple[int, ...] | float, order: tuple[int, ...]) -> tupl
     return (int(preference < 0.5), int(preference > 0.5)), preference
 
 
-def _too_few(queries: int, identical: int, comparisons: int) -> str:
+def _too_few(queries: int, identical: int, comparisons: int, replies: Mapping[str, int]) -> str:
     differ = queries - identical
     if identical > queries / 2:
         return (
             f"of {queries} queries only {differ} had responses that differ: the policy nearly always writes the same; "
             "raise env.temperature, or give more prompts"
         )
+    if replies and replies["unparsed"] > replies["replies"] / 2:
+        return (
+            f"{differ} queries brought only {comparisons} answers: {replies['unparsed']} of the judge's "
+            f"{replies['replies']} replies hold no verdict, [[A]], [[B]] or [[C]]; use a model that follows "
+            "instructions, raise judge.max_new_tokens, or read its probabilities (judge.by=log_odds)"
+        )
     return (
         f"{differ} queries brought only {comparisons} answers: the labelers skip nearly all; lower skip_below, which "
-        "is in units of gold"
+        "is in units of gold, or let a judge's tie_policy be tie"
     )

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from rlhf_env.errors import ConfigError, RemoteError
 from rlhf_env.models.chat import chat_generator
 from rlhf_env.settings import HTTPConfig
-from tests.serving import reply, serving
+from tests.serving import chat, chatting, reply, serving
 
 ONCE = HTTPConfig(read_timeout=5.0, attempts=1)
 
 
-def chat(content: Any) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}]}
-
-
-def echo(connection, body, n):
-    reply(connection, chat(f"re: {body['messages'][0]['content']}"))
+ECHO = chatting(lambda prompt: f"re: {prompt}")
 
 
 def test_each_prompt_is_one_request_and_replies_keep_their_order():
-    with serving(echo) as served:
+    with serving(ECHO) as served:
         generate = chat_generator(f"{served.url}/", "judge", max_new_tokens=7, temperature=0.5, seed=3, http=ONCE)
         assert generate(["a", "b", "c", "a"]) == ["re: a", "re: b", "re: c", "re: a"]
         assert generate([]) == []
@@ -45,7 +38,7 @@ def test_each_prompt_is_one_request_and_replies_keep_their_order():
 
 def test_it_has_a_token_of_its_own_that_no_other_server_is_sent(monkeypatch):
     monkeypatch.setenv("RLHF_ENV_API_KEY", "policys")
-    with serving(echo) as served:
+    with serving(ECHO) as served:
         chat_generator(served.url, "judge", max_new_tokens=1, http=ONCE)(["a"])
         monkeypatch.setenv("RLHF_ENV_JUDGE_API_KEY", "s3cret")
         chat_generator(served.url, "judge", max_new_tokens=1, http=ONCE)(["a"])
