@@ -119,14 +119,16 @@ def critique_and_revise(
     *,
     rounds: int = 1,
     seed: int = 0,
+    start: int = 0,
     critique_template: str = CRITIQUE_TEMPLATE,
     revision_template: str = REVISION_TEMPLATE,
 ) -> list[Revised]:
     """Each response criticised and rewritten `rounds` times, each time by a principle drawn anew, with replacement.
 
-    The principle of response i in round n depends on (seed, i, n) alone. The model is asked for all critiques of a
-    round in one call, then for all revisions. White space around its texts is left out; a revision begins with that of
-    the response, which may be what stands between prompt and response.
+    The principle of response i in round n depends on (seed, `start` + i, n) alone, so that many may be revised in
+    parts. The model is asked for all critiques of a round in one call, then for all revisions. White space around its
+    texts is left out; a revision begins with that of the response, which may be what stands between prompt and
+    response.
     """
     if rounds < 1 or not principles or len(prompts) != len(responses):
         raise ConfigError(
@@ -135,7 +137,7 @@ def critique_and_revise(
         )
     current, steps = list(responses), [()] * len(responses)
     for n in range(rounds):
-        drawn = [_draw(principles, seed, i, n) for i in range(len(responses))]
+        drawn = [_draw(principles, seed, start + i, n) for i in range(len(responses))]
         about = [{"prompt": prompt, "response": text} for prompt, text in zip(prompts, current, strict=True)]
         critiques = _asked(generate, critique_template, about, [p.critique_request for p in drawn])
         about = [{**texts, "critique": critique} for texts, critique in zip(about, critiques, strict=True)]
@@ -144,6 +146,12 @@ def critique_and_revise(
         done = [Step(p.principle, c, r) for p, c, r in zip(drawn, critiques, current, strict=True)]
         steps = [(*before, step) for before, step in zip(steps, done, strict=True)]
     return [Revised(*row) for row in zip(prompts, responses, steps, strict=True)]
+
+
+def require_templates(critique: str, revision: str) -> None:
+    """`ConfigError` where one of `critique_and_revise`'s templates lacks one of its places."""
+    fill_template(critique, prompt="", response="", request="")
+    fill_template(revision, prompt="", response="", critique="", request="")
 
 
 def write_revisions(path: str | Path, revised: Iterable[Revised], *, model: str = "") -> int:

@@ -202,6 +202,30 @@ class PreferConfig:
 
 
 @dataclass(frozen=True)
+class ReviseConfig:
+    """A constitution at work: responses criticised and rewritten by its principles, and which version is better."""
+
+    principles: str  #: file of principles, .txt (one per line) or .yaml; each step goes by one of them
+    prompts: str | None = None  #: file of prompts, .txt, .jsonl or hf:NAME, to which the model first responds itself
+    responses: str | None = None  #: .jsonl file with "prompt" and "response", revised in place of its own
+    rounds: int = 1  #: critiques and revisions of each response, one after another
+    critique_template: str | None = None  #: file with {fence}, {prompt}, {response}, {request}; none: the built-in one
+    revision_template: str | None = None  #: file with these and {critique}; none: the built-in one
+    writer: WriterConfig = field(default_factory=WriterConfig)  #: the model that responds, criticises and revises
+    judge: JudgeConfig = field(default_factory=JudgeConfig)  #: who compares; no model: the revision counts as better
+    seed: int = 0  #: of the principles drawn, and of the texts
+    device: str = "cpu"  #: "cpu", "cuda", "cuda:1", "mps"
+    dtype: DType = "float32"  #: precision of local models' weights
+
+    def __post_init__(self) -> None:
+        _require(self, {"rounds": 1, "seed": 0})
+        if (self.prompts is None) == (self.responses is None):
+            raise ConfigError("revise needs either prompts, to respond to, or responses, and not both")
+        if self.writer.model is None:
+            raise ConfigError("the setting writer.model is missing: a folder, a hub name or a server's URL")
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """A reward model from comparisons (Bradley–Terry), normalised on responses of the reference."""
 

@@ -75,16 +75,19 @@ def build_judges(
     base = f"{prefix}judge: {config.served_name or config.model}"
     judge = partial(_judge(config, seed, load_model), swap=config.swap)
     principles = None if config.principles is None else read_principles(config.principles)
-    by_verdict = config.by == "verdict"
-    if config.template is not None:
-        template = read_text(config.template).rstrip("\n")  # what follows is the next word
-    elif principles is None:
-        template = VERDICT_TEMPLATE if by_verdict else NEXT_WORD_TEMPLATE
+    if principles is None:
+        usual = VERDICT_TEMPLATE if config.by == "verdict" else NEXT_WORD_TEMPLATE
     else:
-        template = PRINCIPLE_TEMPLATE if by_verdict else PRINCIPLE_NEXT_WORD_TEMPLATE
+        usual = PRINCIPLE_TEMPLATE if config.by == "verdict" else PRINCIPLE_NEXT_WORD_TEMPLATE
+    template = read_template(config.template, usual)
     if principles is None:
         return [judge(template=template, name=base)]
     return principle_judges(judge, principles, template=template, name=f"{base}, principle: ")
+
+
+def read_template(file: str | None, usual: str) -> str:
+    """The text of a template's file, without line breaks at its end, after which the model goes on; none: the usual."""
+    return usual if file is None else read_text(file).rstrip("\n")
 
 
 def _judge(config: JudgeConfig, seed: int, load_model: Callable[[str], CausalLM]) -> Callable[..., Labeler]:

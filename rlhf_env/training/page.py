@@ -106,6 +106,13 @@ def stage_result(name: str, summary: Mapping[str, Any]) -> str:
         if "label_agreement" in summary:
             line += f"; labels agree with gold {interval(summary, 'label_agreement')}"
         return line
+    if name == "revise":
+        line = f"{summary['revisions']:,} revisions of {summary['responses']:,} responses"
+        line += f" ({summary['blank']:,} blank, {summary['unchanged']:,} unchanged)"
+        line += f"; {summary['comparisons']:,} comparisons"
+        if "replies" in summary:
+            line += f"; {summary['unparsed']:,} of {summary['replies']:,} replies hold no verdict"
+        return line
     if name == "reward":
         gold = f", with gold {interval(summary, 'gold_accuracy')}" if "gold_accuracy" in summary else ""
         return f"accuracy on {summary['held_out']:,} held-out comparisons {interval(summary, 'accuracy')}{gold}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -66,7 +66,14 @@ def run_prefer(config: PreferConfig, out: str | Path, *, progress: Progress | No
 
     comparisons: list[Comparison] = []
     queries = identical = 0
-    with _kept(comparisons, out / "comparisons.jsonl"):
+    file = out / "comparisons.jsonl"
+
+    def save() -> str:
+        if comparisons:
+            write_comparisons(file, comparisons)
+        return f"{len(comparisons)} comparisons were made before, and are in {file}" if comparisons else ""
+
+    with saved(save):
         while len(comparisons) < config.comparisons:
             missing = math.ceil((config.comparisons - len(comparisons)) / config.overlap)
             in_vain = not comparisons and queries - identical >= wanted
@@ -95,7 +102,7 @@ def run_prefer(config: PreferConfig, out: str | Path, *, progress: Progress | No
                     seed=config.seed,
                 )
             queries, identical = queries + missing, identical + missing - len(differ)
-    write_comparisons(out / "comparisons.jsonl", comparisons)
+    write_comparisons(file, comparisons)
     agreement = {}
     if gold is not None:
         utilities = utilities_of(gold, [c.prompt for c in comparisons], [c.responses for c in comparisons])
@@ -120,17 +127,14 @@ def run_prefer(config: PreferConfig, out: str | Path, *, progress: Progress | No
 
 
 @contextmanager
-def _kept(comparisons: list[Comparison], file: Path) -> Iterator[None]:
-    """Write what there is of the comparisons where a server is lost, or somebody loses patience."""
+def saved(save: Callable[[], str]) -> Iterator[None]:
+    """Where a server is lost or somebody interrupts, `save` what there is; it says what that is, "" for nothing."""
     try:
         yield
     except (RemoteError, KeyboardInterrupt) as error:
-        if not comparisons:
-            raise
-        write_comparisons(file, comparisons)
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise RemoteError(f"{error}; {len(comparisons)} comparisons were made before, and are in {file}") from None
+        if (said := save()) and isinstance(error, RemoteError):
+            raise RemoteError(f"{error}; {said}") from None
+        raise
 
 
 def ask(

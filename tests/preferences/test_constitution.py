@@ -77,6 +77,7 @@ def test_principles_are_drawn_by_seed_response_and_round_alone():
         (a, b) for a in ("Be polite.", "Be brief.") for b in ("Be polite.", "Be brief.")
     }
     assert drawn(60, rounds=2, seed=1) != two
+    assert drawn(40, rounds=2, start=20) == two[20:]  # so parts come to what the whole does
 
 
 def test_a_response_cannot_pose_as_its_critique():
