@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from rlhf_env.settings import HTTPConfig
 from rlhf_env.text.prompts import hash_fraction
 
 API_KEY = "RLHF_ENV_JUDGE_API_KEY"  # apart from the policy's, since another host may answer
+
+
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can hold half a surrogate pair, which no file can
 
 
 def chat_generator(
@@ -68,4 +72,4 @@ def _reply(answer: Any, where: str) -> str:
         return ""
     if not isinstance(content, str):
         raise RemoteError(f"{where} answered with no chat completion of one choice: {safe_text(repr(answer)[:120])}")
-    return content
+    return _HALF_PAIR.sub("\ufffd", content)

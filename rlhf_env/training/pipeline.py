@@ -34,7 +34,7 @@ from rlhf_env.training.config import (
 )
 from rlhf_env.training.inference import read_text, run_evaluation, unscored_envs
 from rlhf_env.training.page import stage_result, write_report
-from rlhf_env.training.prefer import run_prefer
+from rlhf_env.training.prefer import labelers_of, run_prefer
 from rlhf_env.training.report import interval, surroundings
 from rlhf_env.training.reward import run_reward
 from rlhf_env.training.run import run_training
@@ -176,6 +176,8 @@ def _check_inputs(
                 usable(body, comparisons)
     for reward in filter(None, (config.gold, config.reward_model)):
         load_reward(reward)
+    for prefer in (stage.config for stage in stages if isinstance(stage.config, PreferConfig)):
+        labelers_of(prefer)
     if (text := stages[-1].config.text) is not None:
         read_text(text)
     train: TrainConfig = next(stage.config for stage in stages if stage.name == "train")

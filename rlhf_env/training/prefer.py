@@ -50,15 +50,7 @@ def run_prefer(config: PreferConfig, out: str | Path, *, progress: Progress | No
     device, prompts = parse_device(config.device), load_prompts(config.prompts)
     load = cache(partial(load_reward, device=device))
     gold = None if config.gold is None else load(config.gold)
-    labelers = build_labelers(
-        config.one,
-        config.labelers,
-        config.overlap,
-        gold=config.gold,
-        seed=config.seed,
-        load=load,
-        load_model=partial(CausalLM.from_pretrained, device=config.device, dtype=config.dtype),
-    )
+    labelers = labelers_of(config, load)
     policy = load_sampler(config)
     envs = unscored_envs(config.env, config.num_envs, prompts, config.prompts, policy)
     run, k = Run.create(out, to_dict(config)), config.responses
@@ -124,6 +116,13 @@ def run_prefer(config: PreferConfig, out: str | Path, *, progress: Progress | No
         }
     )
     return run.summary
+
+
+def labelers_of(config: PreferConfig, load: Callable[[str], Any] = load_reward) -> Labeler | Population:
+    """Who answers the queries of these settings; `load` makes a reward model of a name."""
+    load_model = partial(CausalLM.from_pretrained, device=config.device, dtype=config.dtype)
+    who = config.one, config.labelers, config.overlap
+    return build_labelers(*who, gold=config.gold, seed=config.seed, load=load, load_model=load_model)
 
 
 @contextmanager

@@ -50,6 +50,12 @@ def test_no_text_is_an_empty_reply():
         assert chat_generator(served.url, "judge", max_new_tokens=1, http=ONCE)(["a"]) == [""]
 
 
+def test_half_a_surrogate_pair_is_no_character_and_does_not_cost_the_run():
+    with serving(lambda connection, body, n: reply(connection, chat("a\ud83d b \U0001f600"))) as served:
+        (text,) = chat_generator(served.url, "judge", max_new_tokens=1, http=ONCE)(["a"])
+    assert text == "a\ufffd b \U0001f600"
+
+
 @pytest.mark.parametrize(
     "answer",
     [{}, [], "hello", {"choices": []}, {"choices": [{"text": "x"}]}, {"choices": [7]}, chat(7), chat(["\x1b[2J"])],
