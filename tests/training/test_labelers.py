@@ -15,12 +15,15 @@ from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.generation import continuation_log_odds
 from rlhf_env.preferences.comparisons import read_comparisons
 from rlhf_env.preferences.judge import LogOddsJudge, fill_template
+from rlhf_env.preferences.populations import Population
 from rlhf_env.records.config import Layer, build, override_layer, to_dict
 from rlhf_env.records.run import Run
 from rlhf_env.settings import HTTPConfig
 from rlhf_env.training import prefer
 from rlhf_env.training.config import EnvConfig, JudgeConfig, MemberConfig, PreferConfig
+from rlhf_env.training.labelers import build_labelers, reply_counts
 from rlhf_env.training.prefer import run_prefer
+from tests.builders import letter_score
 from tests.serving import chat, chatting, reply, serving
 from tests.tiny_files import write_letter_files, write_tiny_files
 
@@ -166,9 +169,21 @@ def test_judges_and_simulated_labelers_share_the_queries(letters, tmp_path):
         run_prefer(
             replace(letters, labelers=(MemberConfig(), MemberConfig(judge=judge)), comparisons=60), tmp_path / "o"
         )
-    by = Counter(c.labeler.partition(":")[0] for c in read_comparisons(tmp_path / "o" / "comparisons.jsonl"))
-    assert set(by) == {"0 simulated", "1 judge"}
-    assert 15 <= by["1 judge"] <= 45  # two principles, one share: 30 ± 4 standard deviations
+    by = {c.labeler.partition(":")[0] for c in read_comparisons(tmp_path / "o" / "comparisons.jsonl")}
+    assert by == {"0 simulated", "1 judge"}
+
+
+def test_the_judges_of_a_constitution_share_the_weight_of_one_member(tmp_path):
+    (tmp_path / "principles.txt").write_text("Be brief.\nBe kind.\n")
+    judge = at("http://nobody/v1", principles=str(tmp_path / "principles.txt"))
+    several = (MemberConfig(weight=3.0), MemberConfig(judge=judge))
+    population = build_labelers(MemberConfig(), several, 1, gold="vader", seed=0, load=lambda name: letter_score)
+    assert isinstance(population, Population)
+    assert population.probabilities(0) == [3 / 4, 1 / 8, 1 / 8]
+    assert reply_counts(population) == {"replies": 0, "unparsed": 0, "disagreed": 0}
+    assert reply_counts(population.labelers[0]) == {}
+    with pytest.raises(ConfigError, match="a simulated labeler needs gold"):
+        build_labelers(MemberConfig(), (), 1, gold=None, seed=0, load=lambda name: letter_score)
 
 
 # --- a local model ---------------------------------------------------------------------------------
