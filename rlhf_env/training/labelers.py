@@ -80,6 +80,8 @@ def build_judges(
     else:
         usual = PRINCIPLE_TEMPLATE if config.by == "verdict" else PRINCIPLE_NEXT_WORD_TEMPLATE
     template = read_template(config.template, usual)
+    if principles is None and "{principle}" in template:
+        raise ConfigError(f"{config.template} has a place for a principle, but there are no judge.principles")
     if principles is None:
         return [judge(template=template, name=base)]
     return principle_judges(judge, principles, template=template, name=f"{base}, principle: ")

@@ -262,6 +262,10 @@ def test_judges_that_cannot_be_are_refused(settings, message):
         ({"template": "bad.txt"}, "the template must hold {second}"),
         ({"principles": "no.txt"}, r"no\.txt: No such file"),
         ({"principles": "one.txt", "template": "short.txt"}, "the template must hold {principle}"),
+        (
+            {"template": "principle.txt"},
+            r"principle\.txt has a place for a principle, but there are no judge\.principles",
+        ),
         ({"model": "./no-model"}, "there is no folder ./no-model"),
         ({"chat_template": "no.jinja"}, "chat_template must be auto, none or a Jinja file"),
     ],
@@ -271,6 +275,7 @@ def test_a_mistake_leaves_no_folder(words, tmp_path, monkeypatch, settings, mess
     Path("bad.txt").write_text("{fence}{prompt}{first}")
     Path("short.txt").write_text(SHORT)
     Path("one.txt").write_text("Be brief.\n")
+    Path("principle.txt").write_text(f"{SHORT}{{principle}}")
     with pytest.raises((ConfigError, DataError), match=message):
         run_prefer(replace(words, judge=replace(words.judge, **settings)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
