@@ -22,7 +22,7 @@ from rlhf_env.settings import HTTPConfig
 from rlhf_env.training import prefer
 from rlhf_env.training.config import EnvConfig, JudgeConfig, MemberConfig, PreferConfig
 from rlhf_env.training.labelers import build_labelers, reply_counts
-from rlhf_env.training.prefer import run_prefer
+from rlhf_env.training.prefer import ask, run_prefer
 from tests.builders import letter_score
 from tests.serving import chat, chatting, reply, serving
 from tests.tiny_files import write_letter_files, write_tiny_files
@@ -148,6 +148,21 @@ def test_a_lost_server_is_an_error_and_what_was_labelled_is_kept(letters, tmp_pa
     with pytest.raises(RemoteError, match=r"cannot be reached .*address\?$"):  # nothing was made, nothing is kept
         run_prefer(replace(letters, judge=at(served.url)), tmp_path / "never")
     assert not (tmp_path / "never" / "comparisons.jsonl").exists()
+
+
+def test_ctrl_c_keeps_what_was_labelled(letters, tmp_path, monkeypatch):
+    monkeypatch.setattr(prefer, "_ASKED_TOGETHER", 4)
+    calls = count()
+
+    def impatient(*args, **kwargs):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return ask(*args, **kwargs)
+
+    monkeypatch.setattr(prefer, "ask", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        run_prefer(letters, tmp_path)
+    assert len(read_comparisons(tmp_path / "comparisons.jsonl")) == 8 and not Run(tmp_path).finished
 
 
 def test_each_query_goes_to_a_judge_by_one_principle(letters, tmp_path):
