@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from rlhf_env.models.causal_lm import CausalLM
@@ -28,6 +29,7 @@ from rlhf_env.preferences.constitution import (
     write_revisions,
 )
 from rlhf_env.preferences.judge import JudgeLabeler
+from rlhf_env.preferences.populations import Population
 from rlhf_env.records.safe_text import safe_text
 from rlhf_env.text.prompts import load_prompts
 from rlhf_env.training.prefer import ask
@@ -66,9 +68,9 @@ def main() -> None:
     print(f"{written} of {len(revised)} revisions are demonstrations")
 
     pairs = [(each.response, each.revision) for each in revised]
-    judges = principle_judges(generate, principles, template=verdict)
-    comparisons = ask(judges, prompts, pairs, range(len(prompts)))
-    counts = sum((judge.counts for judge in judges.labelers if isinstance(judge, JudgeLabeler)), Counter[str]())
+    judges = principle_judges(partial(JudgeLabeler, generate), principles, template=verdict)
+    comparisons = ask(Population(judges), prompts, pairs, range(len(prompts)))
+    counts = sum((judge.counts for judge in judges if isinstance(judge, JudgeLabeler)), Counter[str]())
     print(
         f"{len(comparisons)} of {len(pairs)} pairs judged; {counts['unparsed']} of {counts['replies']} replies unparsed"
     )

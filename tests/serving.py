@@ -1,4 +1,4 @@
-"""Servers for tests: any function of a request behind a real socket, one that a model answers, one with scores."""
+"""Servers for tests: any function of a request behind a real socket, one with a model, with scores, with replies."""
 
 from __future__ import annotations
 
@@ -137,5 +137,20 @@ def scoring(score: Callable[[list[str], list[str]], Any]) -> Handler:
 
     def handle(connection: BaseHTTPRequestHandler, body: Any, _: int) -> None:
         reply(connection, {"id": body["id"], "scores": score(body["prompts"], body["responses"])})
+
+    return handle
+
+
+def chat(content: Any) -> dict[str, Any]:
+    """What a server answers with whose model replies with this."""
+    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}]}
+
+
+def chatting(answer: Callable[[str], Any]) -> Handler:
+    """What a chat server does whose model replies so to a user's one message."""
+
+    def handle(connection: BaseHTTPRequestHandler, body: Any, _: int) -> None:
+        (message,) = body["messages"]
+        reply(connection, chat(answer(message["content"])))
 
     return handle

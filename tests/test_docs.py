@@ -67,7 +67,7 @@ def test_python_of_a_page_runs_from_top_to_bottom(page, folder):
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.stem)
 def test_commands_of_a_page_run(page, folder, monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for caption, code in blocks(page, "python") + blocks(page, "yaml"):
+    for caption, code in blocks(page, "python") + blocks(page, "yaml") + blocks(page, "text"):
         if caption:
             (folder / caption).write_text(code, encoding="utf-8")
     for words in commands(page):

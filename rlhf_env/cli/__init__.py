@@ -16,7 +16,7 @@ from rlhf_env.cli.pipeline import MORE_TO_PIPELINE, inspect, pipeline
 from rlhf_env.cli.preferences import preferences
 from rlhf_env.cli.reward_eval import MORE_TO_REWARD_EVAL, reward_eval
 from rlhf_env.cli.serve import serve_reward
-from rlhf_env.cli.stages import MORE_TO_PREFER, MORE_TO_REWARD, MORE_TO_SFT, prefer, reward, sft
+from rlhf_env.cli.stages import MORE_TO_PREFER, MORE_TO_REVISE, MORE_TO_REWARD, MORE_TO_SFT, prefer, revise, reward, sft
 from rlhf_env.cli.train import MORE_TO_TRAIN, train
 from rlhf_env.errors import ConfigError, RLHFEnvError
 from rlhf_env.processes import started_by_torchrun
@@ -34,6 +34,7 @@ app.command(epilog=MORE_TO_PIPELINE)(pipeline)
 app.command(epilog=MORE_TO_ONLINE)(online)
 app.command(epilog=MORE_TO_SFT)(sft)
 app.command(epilog=MORE_TO_PREFER)(prefer)
+app.command(epilog=MORE_TO_REVISE)(revise)
 app.command(epilog=MORE_TO_REWARD)(reward)
 app.command("reward-eval", epilog=MORE_TO_REWARD_EVAL)(reward_eval)
 app.command(epilog=MORE_TO_TRAIN)(train)

@@ -1,4 +1,4 @@
-"""`rlhf-env sft`, `prefer` and `reward`: the stages before reinforcement learning."""
+"""`rlhf-env sft`, `prefer`, `revise` and `reward`: the stages before reinforcement learning."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import typer
 
 from rlhf_env.cli import settings as cli
 from rlhf_env.errors import ConfigError
-from rlhf_env.training.config import FineTuneConfig, PreferConfig, RewardConfig
+from rlhf_env.training.config import FineTuneConfig, PreferConfig, ReviseConfig, RewardConfig
 
-_SFT, _PREFER, _REWARD = (cli.sentences(kind) for kind in (FineTuneConfig, PreferConfig, RewardConfig))
+_SFT, _PREFER, _REVISE, _REWARD = (
+    cli.sentences(kind) for kind in (FineTuneConfig, PreferConfig, ReviseConfig, RewardConfig)
+)
 _COMMON = {name: name for name in ("seed", "device", "dtype")}
 _FIT = {name: f"fit.{name}" for name in ("learning_rate", "epochs", "batch_size")}
 _SFT_FLAGS = _COMMON | _FIT | {name: name for name in ("demonstrations", "policy", "chat_template")}
@@ -20,12 +22,20 @@ _PREFER_FLAGS = {
     **_COMMON,
     **{name: name for name in ("policy", "prompts", "gold", "comparisons", "responses", "num_envs")},
     **{name: f"labeler.{name}" for name in ("temperature", "flip_rate")},
+    "judge": "judge.model",
     **{name: f"env.{name}" for name in ("max_new_tokens", "chat_template")},
+}
+_REVISE_FLAGS = {
+    **_COMMON,
+    **{name: name for name in ("principles", "prompts", "responses", "rounds")},
+    **{name: f"writer.{name}" for name in ("model", "served_name", "max_new_tokens", "temperature")},
+    "judge": "judge.model",
 }
 _REWARD_FLAGS = _COMMON | _FIT | {n: n for n in ("comparisons", "body", "reference", "prompts", "gold", "held_out")}
 _REWARD_FLAGS |= {"max_new_tokens": "env.max_new_tokens"}
 MORE_TO_SFT = cli.rest_of(_SFT, _SFT_FLAGS)
 MORE_TO_PREFER = cli.rest_of(_PREFER, _PREFER_FLAGS)
+MORE_TO_REVISE = cli.rest_of(_REVISE, _REVISE_FLAGS)
 MORE_TO_REWARD = cli.rest_of(_REWARD, _REWARD_FLAGS)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=cli.OVERRIDES)]
@@ -77,6 +87,7 @@ def prefer(
     responses: Annotated[str | None, typer.Option(metavar="K", help=_PREFER["responses"])] = None,
     temperature: Annotated[str | None, typer.Option(metavar="FLOAT", help=_PREFER["labeler.temperature"])] = None,
     flip_rate: Annotated[str | None, typer.Option(metavar="FLOAT", help=_PREFER["labeler.flip_rate"])] = None,
+    judge: Annotated[str | None, typer.Option(help=_PREFER["judge.model"])] = None,
     max_new_tokens: Annotated[str | None, typer.Option(metavar="N", help=_PREFER["env.max_new_tokens"])] = None,
     chat_template: Annotated[str | None, typer.Option(help=_PREFER["env.chat_template"])] = None,
     num_envs: Annotated[str | None, typer.Option(metavar="N", help=_PREFER["num_envs"])] = None,
@@ -86,7 +97,10 @@ def prefer(
     config: Config = None,
     threads: Threads = None,
 ) -> None:
-    """Sample K responses to each prompt and let a simulated labeler rank them: OUT/comparisons.jsonl."""
+    """Sample K responses to each prompt and let a simulated labeler, or a judge, rank them: OUT/comparisons.jsonl.
+
+    A judge is a language model, local or behind a server, which is asked which of two responses is better.
+    """
     given = locals()
     flags = {key: given[name] for name, key in _PREFER_FLAGS.items()}
     folder = _required(out)
@@ -99,6 +113,43 @@ def prefer(
     with response_progress() as show:
         summary = run_prefer(settings, folder, progress=show)
     _print_stage("prefer", summary, f"comparisons: {folder / 'comparisons.jsonl'}")
+
+
+def revise(
+    overrides: Overrides = None,
+    principles: Annotated[str | None, typer.Option(help=_REVISE["principles"])] = None,
+    model: Annotated[str | None, typer.Option(help=_REVISE["writer.model"])] = None,
+    prompts: Annotated[str | None, typer.Option(help=_REVISE["prompts"])] = None,
+    responses: Annotated[str | None, typer.Option(metavar="FILE", help=_REVISE["responses"])] = None,
+    out: Out = None,
+    rounds: Annotated[str | None, typer.Option(metavar="N", help=_REVISE["rounds"])] = None,
+    judge: Annotated[str | None, typer.Option(help=_REVISE["judge.model"])] = None,
+    served_name: Annotated[str | None, typer.Option(help=_REVISE["writer.served_name"])] = None,
+    max_new_tokens: Annotated[str | None, typer.Option(metavar="N", help=_REVISE["writer.max_new_tokens"])] = None,
+    temperature: Annotated[str | None, typer.Option(metavar="FLOAT", help=_REVISE["writer.temperature"])] = None,
+    seed: Annotated[str | None, typer.Option(metavar="N", help=_REVISE["seed"])] = None,
+    device: Annotated[str | None, typer.Option(help=_REVISE["device"])] = None,
+    dtype: Annotated[str | None, typer.Option(help=_REVISE["dtype"])] = None,
+    config: Config = None,
+    threads: Threads = None,
+) -> None:
+    """Criticise and rewrite responses by principles: OUT/revisions.jsonl for sft, OUT/comparisons.jsonl for reward.
+
+    A language model, local or behind a server, does both, and first responds to the prompts where no responses are
+    given. In the comparisons the revision counts as better or, with --judge, what the judge says by a principle.
+    """
+    given = locals()
+    flags = {key: given[name] for name, key in _REVISE_FLAGS.items()}
+    folder = _required(out)
+    settings = cli.settings_from(ReviseConfig, config, flags, overrides)
+    cli.use_threads(threads)
+
+    from rlhf_env.cli.show import response_progress
+    from rlhf_env.training.revise import run_revise
+
+    with response_progress() as show:
+        summary = run_revise(settings, folder, progress=show)
+    _print_stage("revise", summary, f"demonstrations: {folder / 'revisions.jsonl'}")
 
 
 def reward(

@@ -6,18 +6,18 @@ supervised fine-tuning (§3), and judgements by a principle drawn for each query
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from rlhf_env.errors import ConfigError, DataError
-from rlhf_env.preferences.judge import ASKED_VERDICT, SHOWN_PAIR, Generate, JudgeLabeler, fill_template
-from rlhf_env.preferences.populations import Population
+from rlhf_env.preferences.judge import ASKED_VERDICT, SHOWN_PAIR, Generate, fill_template
 from rlhf_env.records.config import build, read_layer
 from rlhf_env.records.jsonl import write_jsonl
 from rlhf_env.text.sources import read_lines
+from rlhf_env.types import Labeler
 
 _PRINCIPLE_STREAM = 7  # apart from those of labelers and populations
 
@@ -41,6 +41,10 @@ CRITIQUE_TEMPLATE = _SHOWN + "{request}\n\nCritique:"
 REVISION_TEMPLATE = _SHOWN + "Critique:\n{fence}\n{critique}\n{fence}\n\n{request}\n\nRevision:"
 #: What a judge by a principle is asked.
 PRINCIPLE_TEMPLATE = f"{SHOWN_PAIR}Which response follows this principle better? {{principle}}\n{ASKED_VERDICT}"
+#: What a judge by a principle is asked whose next word is the verdict.
+PRINCIPLE_NEXT_WORD_TEMPLATE = (
+    f"{SHOWN_PAIR}Which response follows this principle better, A or B? {{principle}}\nThe better response is"
+)
 
 
 @dataclass(frozen=True)
@@ -115,14 +119,16 @@ def critique_and_revise(
     *,
     rounds: int = 1,
     seed: int = 0,
+    start: int = 0,
     critique_template: str = CRITIQUE_TEMPLATE,
     revision_template: str = REVISION_TEMPLATE,
 ) -> list[Revised]:
     """Each response criticised and rewritten `rounds` times, each time by a principle drawn anew, with replacement.
 
-    The principle of response i in round n depends on (seed, i, n) alone. The model is asked for all critiques of a
-    round in one call, then for all revisions. White space around its texts is left out; a revision begins with that of
-    the response, which may be what stands between prompt and response.
+    The principle of response i in round n depends on (seed, `start` + i, n) alone, so that many may be revised in
+    parts. The model is asked for all critiques of a round in one call, then for all revisions. White space around its
+    texts is left out; a revision begins with that of the response, which may be what stands between prompt and
+    response.
     """
     if rounds < 1 or not principles or len(prompts) != len(responses):
         raise ConfigError(
@@ -131,7 +137,7 @@ def critique_and_revise(
         )
     current, steps = list(responses), [()] * len(responses)
     for n in range(rounds):
-        drawn = [_draw(principles, seed, i, n) for i in range(len(responses))]
+        drawn = [_draw(principles, seed, start + i, n) for i in range(len(responses))]
         about = [{"prompt": prompt, "response": text} for prompt, text in zip(prompts, current, strict=True)]
         critiques = _asked(generate, critique_template, about, [p.critique_request for p in drawn])
         about = [{**texts, "critique": critique} for texts, critique in zip(about, critiques, strict=True)]
@@ -140,6 +146,12 @@ def critique_and_revise(
         done = [Step(p.principle, c, r) for p, c, r in zip(drawn, critiques, current, strict=True)]
         steps = [(*before, step) for before, step in zip(steps, done, strict=True)]
     return [Revised(*row) for row in zip(prompts, responses, steps, strict=True)]
+
+
+def require_templates(critique: str, revision: str) -> None:
+    """`ConfigError` where one of `critique_and_revise`'s templates lacks one of its places."""
+    fill_template(critique, prompt="", response="", request="")
+    fill_template(revision, prompt="", response="", critique="", request="")
 
 
 def write_revisions(path: str | Path, revised: Iterable[Revised], *, model: str = "") -> int:
@@ -166,17 +178,18 @@ def write_revisions(path: str | Path, revised: Iterable[Revised], *, model: str 
 
 
 def principle_judges(
-    generate: Generate, principles: Sequence[Principle], *, seed: int = 0, template: str = PRINCIPLE_TEMPLATE
-) -> Population:
-    """AI labels: a `JudgeLabeler` for each principle, named by it; each query goes to one, drawn from (seed, query).
+    judge: Callable[..., Labeler],
+    principles: Sequence[Principle],
+    *,
+    template: str = PRINCIPLE_TEMPLATE,
+    name: str = "principle: ",
+) -> list[Labeler]:
+    """AI labels: a judge for each principle, called `name` and the principle.
 
-    The judge's template is `template` with the principle in place of `{principle}`.
+    A `Population` of them puts each query to one. `judge` is `JudgeLabeler` or `LogOddsJudge` with its model, such as
+    `partial(JudgeLabeler, generate)`; `template` has the place `{principle}` besides.
     """
-    judges = [
-        JudgeLabeler(generate, template=template.replace("{principle}", p.principle), name=f"principle: {p.principle}")
-        for p in principles
-    ]
-    return Population(judges, seed=seed)
+    return [judge(template=template, texts={"principle": p.principle}, name=name + p.principle) for p in principles]
 
 
 def _draw(principles: Sequence[Principle], seed: int, i: int, n: int) -> Principle:

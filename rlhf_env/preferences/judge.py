@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any, Literal
 
@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_env.errors import ConfigError, DataError
-from rlhf_env.types import Comparison
 
 #: Texts of a language model, one for each prompt.
 Generate = Callable[[Sequence[str]], Sequence[str]]
@@ -88,7 +87,8 @@ class JudgeLabeler:
     With `swap` each pair is asked about in both orders, and a response wins where both say so; anything else is no
     clear win: a tie under the `tie_policy` "tie", no answer under "skip". Where a reply of either order has no verdict,
     there is no answer to the query. Of K > 2 responses the ranks are those of the points, 1 for a win and ½ for a tie
-    (Borda).
+    (Borda). Two responses of the same text are a tie, and not asked about. `texts` fill the template's other places,
+    by name.
 
     `counts` says of all pairs so far how many `replies` were asked for, how many of them were `unparsed`, and in how
     many pairs the two orders `disagreed`. A position bias of the model is no advantage to either response then, but
@@ -100,14 +100,15 @@ class JudgeLabeler:
         generate: Generate,
         *,
         template: str = VERDICT_TEMPLATE,
+        texts: Mapping[str, str] | None = None,
         tie_policy: Literal["tie", "skip"] = "tie",
         swap: bool = True,
         name: str = "judge",
     ) -> None:
-        fill_template(template, prompt="", first="", second="")  # raises
+        self.questions = _Questions(template, texts, swap)
         if tie_policy not in ("tie", "skip"):
             raise ConfigError(f"tie_policy must be 'tie' or 'skip', got {tie_policy!r}")
-        self.generate, self.template, self.tie_policy, self.swap, self.name = generate, template, tie_policy, swap, name
+        self.generate, self.tie_policy, self.name = generate, tie_policy, name
         self.counts = Counter(replies=0, unparsed=0, disagreed=0)
 
     def rank(
@@ -118,24 +119,22 @@ class JudgeLabeler:
         The answers are as reproducible as the model's texts: queries' numbers have no part in them.
         """
         _require_as_many(prompts, responses, queries)
-        asked = [
-            fill_template(self.template, prompt=prompt, first=those[i], second=those[j])
-            for prompt, those in zip(prompts, responses, strict=True)
-            for i, j in _ordered_pairs(len(those), self.swap)
-        ]
+        asked, pairs = self.questions.about(prompts, responses)
         replies = self.generate(asked) if asked else []
         if len(replies) != len(asked):
             raise DataError(f"{self.name} gave {len(replies)} replies to {len(asked)} questions")
         verdicts = iter([parse_verdict(reply) for reply in replies])
-        return [self._ranks(verdicts, len(those)) for those in responses]
+        return [self._ranks(verdicts, len(those), compared) for those, compared in zip(responses, pairs, strict=True)]
 
-    def _ranks(self, verdicts: Iterator[float | None], k: int) -> tuple[int, ...] | None:
-        points, clear = np.zeros(k), True
-        for i, j in combinations(range(k), 2):
+    def _ranks(
+        self, verdicts: Iterator[float | None], k: int, pairs: Sequence[tuple[int, int]]
+    ) -> tuple[int, ...] | None:
+        points, clear, swap = np.zeros(k), True, self.questions.swap
+        for i, j in pairs:
             first = next(verdicts)
-            again = next(verdicts) if self.swap else None if first is None else 1 - first
-            self.counts["replies"] += 1 + self.swap
-            self.counts["unparsed"] += (first is None) + (self.swap and again is None)
+            again = next(verdicts) if swap else None if first is None else 1 - first
+            self.counts["replies"] += 1 + swap
+            self.counts["unparsed"] += (first is None) + (swap and again is None)
             if first is None or again is None:
                 clear = False
                 continue
@@ -154,56 +153,68 @@ class LogOddsJudge:
     """
 
     def __init__(
-        self, log_odds: LogOdds, *, template: str = NEXT_WORD_TEMPLATE, swap: bool = True, name: str = "judge"
+        self,
+        log_odds: LogOdds,
+        *,
+        template: str = NEXT_WORD_TEMPLATE,
+        texts: Mapping[str, str] | None = None,
+        swap: bool = True,
+        name: str = "judge",
     ) -> None:
-        fill_template(template, prompt="", first="", second="")  # raises
-        self.log_odds, self.template, self.swap, self.name = log_odds, template, swap, name
+        self.log_odds, self.questions, self.name = log_odds, _Questions(template, texts, swap), name
 
-    def preferences(self, prompts: Sequence[str], pairs: Sequence[tuple[str, str]]) -> NDArray[np.float64]:
+    def preferences(self, prompts: Sequence[str], pairs: Sequence[Sequence[str]]) -> NDArray[np.float64]:
         """P(first is better) for the pair of responses to each prompt, [B]."""
-        return np.exp(-np.logaddexp(0.0, -np.concatenate([np.zeros(0), *self._logits(prompts, pairs)])))
+        logits = np.array([between[0, 1] for between in self._logits(prompts, pairs)], dtype=np.float64)
+        return np.exp(-np.logaddexp(0.0, -logits))
 
     def rank(
         self, prompts: Sequence[str], responses: Sequence[Sequence[str]], queries: Sequence[int]
     ) -> list[tuple[int, ...] | None]:
         """Of two responses the likelier one is better; of K the ranks are those of Σ_j logit P(i is better than j)."""
         _require_as_many(prompts, responses, queries)
-        ranks: list[tuple[int, ...] | None] = []
-        for logits, those in zip(self._logits(prompts, responses), responses, strict=True):
-            points = np.zeros(len(those))
-            for (i, j), logit in zip(combinations(range(len(those)), 2), logits, strict=True):
-                points[i], points[j] = points[i] + logit, points[j] - logit
-            ranks.append(_ranked(points))
-        return ranks
+        return [_ranked(between.sum(1)) for between in self._logits(prompts, responses)]
 
     def _logits(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
-        """logit P(i is better than j) of each query's pairs i < j, all questions asked in one call."""
-        asked = [
-            fill_template(self.template, prompt=prompt, first=those[i], second=those[j])
-            for prompt, those in zip(prompts, responses, strict=True)
-            for i, j in _ordered_pairs(len(those), self.swap)
-        ]
+        """logit P(i is better than j) of each query's responses, [K, K], all questions asked in one call."""
+        asked, pairs = self.questions.about(prompts, responses)
         odds = np.asarray(self.log_odds(asked) if asked else [], dtype=np.float64)
         if odds.shape != (len(asked),) or not np.isfinite(odds).all():
             raise DataError(f"{self.name} must give a finite number for each of {len(asked)} questions; got {odds}")
-        logits = (odds[0::2] - odds[1::2]) / 2 if self.swap else odds
-        sizes = [len(those) * (len(those) - 1) // 2 for those in responses]
-        return np.split(logits, np.cumsum(sizes)[:-1]) if sizes else []
+        logits = iter((odds[0::2] - odds[1::2]) / 2 if self.questions.swap else odds)
+        matrices = []
+        for those, compared in zip(responses, pairs, strict=True):
+            between = np.zeros((len(those), len(those)))
+            for i, j in compared:
+                between[i, j] = next(logits)
+                between[j, i] = -between[i, j]
+            matrices.append(between)
+        return matrices
 
 
-def soft_comparisons(
-    judge: LogOddsJudge, prompts: Sequence[str], pairs: Sequence[tuple[str, str]], *, policy: str = ""
-) -> list[Comparison]:
-    """Comparisons of pairs of responses that keep the judge's probabilities (`Comparison.preference`)."""
-    return [
-        Comparison(prompt, (first, second), (int(p < 0.5), int(p > 0.5)), judge.name, policy, preference=float(p))
-        for prompt, (first, second), p in zip(prompts, pairs, judge.preferences(prompts, pairs), strict=True)
-    ]
+class _Questions:
+    """How a judge asks: a template with what is the same in every question, and whether both orders are shown."""
 
+    def __init__(self, template: str, texts: Mapping[str, str] | None, swap: bool) -> None:
+        self.template, self.texts, self.swap = template, dict(texts or {}), swap
+        fill_template(template, prompt="", first="", second="", **self.texts)  # raises
 
-def _ordered_pairs(k: int, swap: bool) -> list[tuple[int, int]]:
-    """Which two of K responses are shown as A and B, question by question: each pair, and after it its reverse."""
-    return [order for i, j in combinations(range(k), 2) for order in ((i, j), (j, i))[: 1 + swap]]
+    def about(
+        self, prompts: Sequence[str], responses: Sequence[Sequence[str]]
+    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
+        """All questions, and the pairs i < j of each query that they are about.
+
+        A pair is one question or, with `swap`, two: i shown as A, then j. Two that are the same text are not asked
+        about.
+        """
+        pairs = [[(i, j) for i, j in combinations(range(len(those)), 2) if those[i] != those[j]] for those in responses]
+        questions = [
+            fill_template(self.template, prompt=prompt, first=those[a], second=those[b], **self.texts)
+            for prompt, those, compared in zip(prompts, responses, pairs, strict=True)
+            for i, j in compared
+            for a, b in ((i, j), (j, i))[: 1 + self.swap]
+        ]
+        return questions, pairs
 
 
 def _ranked(points: NDArray[np.float64]) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ def markdown_marks(prompts: Sequence[str], responses: Sequence[str]) -> NDArray[
     return np.array([len(_MARKS.findall(response)) for response in responses], dtype=np.float64)
 
 
-_MARKS = re.compile(r"^[ \t]*(?:[-*+]|\d{1,9}[.)]|#{1,6})[ \t]+\S|\*\*[^*\n]+\*\*", re.MULTILINE)
+_MARKS = re.compile(r"^[ \t]*(?:[-*+]|\d{1,9}[.)]|#{1,6})[ \t]+(?=\S)|\*\*(?! )[^*\n]+(?<! )\*\*", re.MULTILINE)
 
 
 def sycophancy(
@@ -96,7 +96,7 @@ class Lexicon:
         return [np.array([self._of(word) for word in those], dtype=np.float64) for those in responses]
 
     def _of(self, word: str) -> float:
-        return self.weights.get(_AROUND.sub("", word.casefold()), 0.0)
+        return self.weights.get(_AROUND.sub("", word.lower()), 0.0)
 
 
 _AROUND = re.compile(r"^\W+|\W+$")

@@ -39,6 +39,11 @@ class Codec:
         """The codec itself, or a plain-text one around a tokenizer."""
         return tokenizer if isinstance(tokenizer, Codec) else cls(tokenizer)
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether prompts are messages of a chat template, rather than the beginnings of plain text."""
+        return self._chat is not None
+
     @cached_property
     def vocab_size(self) -> int:
         """Number of token ids, special and added tokens included (`len(tokenizer)` unless ids have gaps)."""

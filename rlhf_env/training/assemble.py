@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from rlhf_env.errors import ConfigError, EmptyPromptError, PromptTooLongError, T
 from rlhf_env.http import is_url
 from rlhf_env.models import sharding
 from rlhf_env.models.causal_lm import CausalLM
+from rlhf_env.models.chat import chat_generator
+from rlhf_env.models.generation import text_generator
 from rlhf_env.models.remote import RemoteLM
 from rlhf_env.records.safe_text import safe_text
 from rlhf_env.reward_models.ensemble import Ensemble
@@ -31,6 +33,7 @@ from rlhf_env.training.config import (
     PreferConfig,
     RewardEvalConfig,
     TrainConfig,
+    WriterConfig,
 )
 from rlhf_env.types import Policy, RewardModel
 
@@ -120,6 +123,32 @@ def load_sampler(config: PreferConfig | EvaluateConfig | GenerateConfig | Reward
     if is_url(config.policy):
         return RemoteLM.connect(config.policy, config.server)
     return CausalLM.from_pretrained(config.policy, device=config.device, dtype=config.dtype)
+
+
+def load_writer(
+    config: WriterConfig, seed: int, load_model: Callable[[str], CausalLM] = CausalLM.from_pretrained
+) -> Callable[[Sequence[str]], Sequence[str]]:
+    """The language model of the settings as a function of texts, prompts → replies; a server is not yet asked."""
+    assert config.model is not None
+    if is_url(config.model):
+        return chat_generator(
+            config.model,
+            config.served_name or "",
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=seed,
+            at_once=config.at_once,
+            http=config.http,
+        )
+    return text_generator(
+        load_model(config.model),
+        max_new_tokens=config.max_new_tokens,
+        greedy=config.temperature == 0,
+        temperature=config.temperature or 1.0,
+        seed=seed,
+        chat_template=read_chat_template(config.chat_template),
+        num_rows=config.at_once,
+    )
 
 
 def load_reference(config: TrainConfig | EvaluateConfig) -> CausalLM | None:

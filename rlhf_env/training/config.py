@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rlhf_env.errors import ConfigError
 from rlhf_env.http import is_url
 from rlhf_env.preferences.queries import Rule, Schedule
-from rlhf_env.settings import BradleyTerryConfig, LabelerConfig, ServerConfig, SFTConfig
+from rlhf_env.settings import BradleyTerryConfig, HTTPConfig, LabelerConfig, ServerConfig, SFTConfig
 
 DType = Literal["float32", "float64", "bfloat16", "float16"]
 
@@ -98,26 +98,79 @@ class FineTuneConfig:
 
 
 @dataclass(frozen=True)
+class WriterConfig:
+    """A language model that is asked in words: a local one, or a chat model behind a server."""
+
+    model: str | None = None  #: folder or hub name of the model, or a server's http://HOST:PORT/v1
+    served_name: str | None = None  #: where it is a URL: the name under which the server knows the model
+    max_new_tokens: int = 256  #: the longest reply, in tokens
+    temperature: float = 0.0  #: of its replies; 0: the likeliest token each time
+    chat_template: str = "auto"  #: of a local model: "auto" (the tokenizer's own, if any), "none" or a Jinja file
+    at_once: int = 32  #: replies written, or requests under way, side by side
+    http: HTTPConfig = field(default_factory=HTTPConfig)  #: how patiently a server is asked
+
+    def __post_init__(self) -> None:
+        _require(self, {"max_new_tokens": 1, "at_once": 1})
+        if self.temperature < 0:
+            raise ConfigError(f"temperature must be at least 0, it is {self.temperature}")
+        if is_url(self.model or "") and self.served_name is None:
+            raise ConfigError(f"{self.model} is a server: say served_name, the name under which it knows the model")
+        if self.served_name is not None and not is_url(self.model or ""):
+            raise ConfigError(f"served_name is of a model that is a URL; {self.model} is none")
+
+
+@dataclass(frozen=True)
+class JudgeConfig(WriterConfig):
+    """A language model that labels: it is asked which of two responses is better, for each pair of a query."""
+
+    model: str | None = None  #: folder or hub name, or a server's http://HOST:PORT/v1; none: labelers are simulated
+    by: Literal["verdict", "log_odds"] = "verdict"  #: what is read: the reply, or the probabilities of its first word
+    words: tuple[str, str] | None = None  #: with log_odds, those two words; none: "A" and "B", after a space in a text
+    template: str | None = None  #: file with {fence}, {prompt}, {first}, {second}, {principle}; none: the built-in one
+    principles: str | None = None  #: file of principles, .txt (one per line) or .yaml; each query is judged by one
+    swap: bool = True  #: ask in both orders, so that no place is an advantage
+    tie_policy: Literal["tie", "skip"] = "tie"  #: what no clear win is, verdicts that differ in the two orders included
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is None and (self.by != "verdict" or self.template or self.principles):
+            raise ConfigError("a judge needs a model: judge.model, a folder, a hub name or a server's URL")
+        if self.by == "log_odds" and is_url(self.model or ""):
+            raise ConfigError(f"log_odds needs a local model's probabilities; {self.model} is asked for verdicts only")
+        if self.words is not None and self.by != "log_odds":
+            raise ConfigError("words are of a judge by log_odds; a verdict is [[A]], [[B]] or [[C]]")
+
+
+@dataclass(frozen=True)
 class MemberConfig:
-    """One of the simulated labelers who share the queries."""
+    """One of the labelers who share the queries: a simulated one, or a judge."""
 
     weight: float = 1.0  #: how often it is asked, relative to the others
     gold: str | None = None  #: its true reward; none: that of the command
     biases: dict[str, float] = field(default_factory=dict)  #: what else it likes, as `biases` of the command
     labeler: LabelerConfig = field(default_factory=LabelerConfig)  #: how it errs
+    judge: JudgeConfig = field(default_factory=JudgeConfig)  #: the language model that judges in its place
+
+    def __post_init__(self) -> None:
+        if self.judge.model and (self.gold or self.biases or self.labeler != LabelerConfig()):
+            raise ConfigError(
+                f"{self.judge.model} judges by its question, not by gold, biases and errors of a simulated labeler: "
+                "leave these out"
+            )
 
 
 @dataclass(frozen=True)
 class PreferConfig:
-    """Comparisons: K responses to each prompt, ranked by simulated labelers who know the gold reward."""
+    """Comparisons: K responses to each prompt, ranked by simulated labelers who know gold, or by a language model."""
 
     policy: str  #: folder or hub name of the model that writes the responses, or a server's http://HOST:PORT/v1
     prompts: str  #: file of prompts, .txt (one per line) or .jsonl (key "prompt"), or hf:NAME
-    gold: str  #: the labeler's true reward: "vader", "module:function" or the folder of a classifier
+    gold: str | None = None  #: the true reward: "vader", "module:function" or a classifier's folder; judges need none
     comparisons: int = 1000  #: how many to make; labelers who skip are asked more
     responses: int = 2  #: K, ranked in each
     labeler: LabelerConfig = field(default_factory=LabelerConfig)  #: how the labeler errs
     biases: dict[str, float] = field(default_factory=dict)  #: gold per unit of log_words, markdown_marks, sycophancy
+    judge: JudgeConfig = field(default_factory=JudgeConfig)  #: the language model that judges in the labeler's place
     labelers: tuple[MemberConfig, ...] = ()  #: several who share the queries, in place of the one
     overlap: int = 1  #: how many of the labelers answer each query
     seed: int = 0  #: of sampling, the order of prompts and the labeler
@@ -130,12 +183,46 @@ class PreferConfig:
     def __post_init__(self) -> None:
         _require_server(self.policy, self.server, self.env)
         _require(self, {"comparisons": 1, "responses": 2, "num_envs": 1, "seed": 0, "overlap": 1})
-        if self.labelers and (self.biases or self.labeler != LabelerConfig()):
+        if self.labelers and (self.biases or self.judge.model or self.labeler != LabelerConfig()):
             raise ConfigError(
-                "there is one labeler (labeler, biases) or several (labelers): give each of these its own"
+                "there is one labeler (labeler, biases; or judge) or several (labelers): give each of these its own"
+            )
+        if self.gold is None and any(not (each.judge.model or each.gold) for each in self.labelers or (self.one,)):
+            raise ConfigError(
+                "the setting gold is missing: a simulated labeler knows the true reward; a language model as judge "
+                "(judge.model) needs none"
             )
         if self.overlap > max(len(self.labelers), 1):
             raise ConfigError(f"overlap is {self.overlap}, but there are {len(self.labelers) or 1} labelers to ask")
+
+    @property
+    def one(self) -> MemberConfig:
+        """The one labeler, where `labelers` are none."""
+        return MemberConfig(biases=self.biases, labeler=self.labeler, judge=self.judge)
+
+
+@dataclass(frozen=True)
+class ReviseConfig:
+    """A constitution at work: responses criticised and rewritten by its principles, and which version is better."""
+
+    principles: str  #: file of principles, .txt (one per line) or .yaml; each step goes by one of them
+    prompts: str | None = None  #: file of prompts, .txt, .jsonl or hf:NAME, to which the model first responds itself
+    responses: str | None = None  #: .jsonl file with "prompt" and "response", revised in place of its own
+    rounds: int = 1  #: critiques and revisions of each response, one after another
+    critique_template: str | None = None  #: file with {fence}, {prompt}, {response}, {request}; none: the built-in one
+    revision_template: str | None = None  #: file with these and {critique}; none: the built-in one
+    writer: WriterConfig = field(default_factory=WriterConfig)  #: the model that responds, criticises and revises
+    judge: JudgeConfig = field(default_factory=JudgeConfig)  #: who compares; no model: the revision counts as better
+    seed: int = 0  #: of the principles drawn, and of the texts
+    device: str = "cpu"  #: "cpu", "cuda", "cuda:1", "mps"
+    dtype: DType = "float32"  #: precision of local models' weights
+
+    def __post_init__(self) -> None:
+        _require(self, {"rounds": 1, "seed": 0})
+        if (self.prompts is None) == (self.responses is None):
+            raise ConfigError("revise needs either prompts, to respond to, or responses, and not both")
+        if self.writer.model is None:
+            raise ConfigError("the setting writer.model is missing: a folder, a hub name or a server's URL")
 
 
 @dataclass(frozen=True)

@@ -98,11 +98,21 @@ def stage_result(name: str, summary: Mapping[str, Any]) -> str:
         learned += f", {summary['dropped']:,} dropped for their length" if summary["dropped"] else ""
         return f"{learned}; held out {summary['loss_before']:.3f} → {summary['loss_after']:.3f} nats per token"
     if name == "prefer":
-        agree = interval(summary, "label_agreement")
-        skipped = f", {summary['skipped']:,} skipped" if summary.get("skipped") else ""
-        return (
-            f"{summary['comparisons']:,} comparisons of {summary['responses']}{skipped}; labels agree with gold {agree}"
-        )
+        line = f"{summary['comparisons']:,} comparisons of {summary['responses']}"
+        if summary.get("skipped"):
+            line += f", {summary['skipped']:,} skipped"
+        if "replies" in summary:
+            line += f"; {summary['unparsed']:,} of {summary['replies']:,} replies hold no verdict"
+        if "label_agreement" in summary:
+            line += f"; labels agree with gold {interval(summary, 'label_agreement')}"
+        return line
+    if name == "revise":
+        line = f"{summary['revisions']:,} revisions of {summary['responses']:,} responses"
+        line += f" ({summary['blank']:,} blank, {summary['unchanged']:,} unchanged)"
+        line += f"; {summary['comparisons']:,} comparisons"
+        if "replies" in summary:
+            line += f"; {summary['unparsed']:,} of {summary['replies']:,} replies hold no verdict"
+        return line
     if name == "reward":
         gold = f", with gold {interval(summary, 'gold_accuracy')}" if "gold_accuracy" in summary else ""
         return f"accuracy on {summary['held_out']:,} held-out comparisons {interval(summary, 'accuracy')}{gold}"

@@ -34,7 +34,7 @@ from rlhf_env.training.config import (
 )
 from rlhf_env.training.inference import read_text, run_evaluation, unscored_envs
 from rlhf_env.training.page import stage_result, write_report
-from rlhf_env.training.prefer import run_prefer
+from rlhf_env.training.prefer import labelers_of, run_prefer
 from rlhf_env.training.report import interval, surroundings
 from rlhf_env.training.reward import run_reward
 from rlhf_env.training.run import run_training
@@ -84,11 +84,12 @@ def plan(config: PipelineConfig, out: Path) -> list[Stage]:
     learned = config.reward_model is None
     agent, data = (config.train.get(name) for name in ("agent", "data"))
     compared = data is None and isinstance(agent, str) and _learns_from(agent) == "pairs"
-    if (learned or compared) and config.comparisons is None and config.gold is None:
+    judged = not {"judge", "labelers"}.isdisjoint(config.prefer)  # may need no gold, as its own settings make sure
+    if (learned or compared) and config.comparisons is None and config.gold is None and not judged:
         instead = "train.data" if compared and not learned else "reward_model"
         raise ConfigError(
             "the pipeline needs to know what is good: comparisons (a file), gold (the true reward of a simulated "
-            f"labeler) or {instead}"
+            f"labeler), a judge (prefer.judge.model) or {instead}"
         )
     reference = config.policy if config.demonstrations is None else str(out / "sft" / "model")
     train_prompts, eval_prompts = (str(out / "prompts" / f"{name}.jsonl") for name in ("train", "eval"))
@@ -175,6 +176,8 @@ def _check_inputs(
                 usable(body, comparisons)
     for reward in filter(None, (config.gold, config.reward_model)):
         load_reward(reward)
+    for prefer in (stage.config for stage in stages if isinstance(stage.config, PreferConfig)):
+        labelers_of(prefer)
     if (text := stages[-1].config.text) is not None:
         read_text(text)
     train: TrainConfig = next(stage.config for stage in stages if stage.name == "train")

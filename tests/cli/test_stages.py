@@ -9,7 +9,8 @@ import pytest
 
 from rlhf_env.records.run import Run
 from rlhf_env.text.corpus import film_reviews
-from tests.tiny_files import write_rows
+from tests.serving import chatting, serving
+from tests.tiny_files import write_rows, write_tiny_files
 
 
 @pytest.fixture
@@ -66,6 +67,50 @@ def test_sft_prefer_reward_and_what_they_leave_for_train(command, texts, tmp_pat
     assert code == 0, err
 
 
+def test_a_judge_behind_a_server_labels_for_reward(command, texts, tmp_path):
+    folder = write_tiny_files(tmp_path / "tiny")
+    (tmp_path / "judge.yaml").write_text(
+        "comparisons: 12\njudge:\n  served_name: judge-7b\n  tie_policy: skip\n  http: {attempts: 1}\n"
+    )
+    judge = chatting(lambda question: "[[A]]" if question.index("Response A") % 2 else "[[B]] or [[A]]")
+    with serving(judge) as served:
+        code, out, err = command(
+            "prefer", "--config", tmp_path / "judge.yaml", "--judge", served.url, "--policy", folder / "policy",
+            "--prompts", folder / "prompts.txt", "--max-new-tokens", 4, "--out", tmp_path / "prefer",
+            "judge.swap=false",
+        )  # fmt: skip
+    assert code == 0, err
+    found = Run(tmp_path / "prefer").summary
+    unparsed = f"{found['unparsed']} of {found['replies']} replies hold no verdict"
+    assert out.startswith(f"12 comparisons of 2, {found['skipped']} skipped; {unparsed}\n")
+    code, out, err = command(
+        "reward", "--comparisons", tmp_path / "prefer" / "comparisons.jsonl", "--body", folder / "policy", "--out",
+        tmp_path / "reward", "--held-out", 0.3,
+    )  # fmt: skip
+    assert code == 0, err
+
+
+def test_revisions_are_for_sft_and_comparisons_for_reward(command, tmp_path):
+    folder = write_tiny_files(tmp_path / "tiny")
+    (tmp_path / "principles.yaml").write_text(
+        "principles:\n- principle: The review is kind.\n  critique: Where is it unkind?\n"
+    )
+    with serving(chatting(lambda text: "it is wonderful and moving" if "Revision:" in text else "awful")) as served:
+        code, out, err = command(
+            "revise", "--principles", tmp_path / "principles.yaml", "--model", served.url, "--served-name", "m",
+            "--prompts", folder / "prompts.txt", "--out", tmp_path / "revised", "--rounds", 2, "writer.http.attempts=1",
+        )  # fmt: skip
+    assert code == 0, err
+    assert out.startswith("79 revisions of 79 responses (0 blank, 0 unchanged); 79 comparisons\n")
+    assert f"demonstrations: {tmp_path / 'revised' / 'revisions.jsonl'}" in out
+    for words in (
+        ["sft", "--demonstrations", tmp_path / "revised" / "revisions.jsonl", "--policy", folder / "policy"],
+        ["reward", "--comparisons", tmp_path / "revised" / "comparisons.jsonl", "--body", folder / "policy"],
+    ):
+        code, out, err = command(*words, "--out", tmp_path / words[0], "--epochs", 1)
+        assert code == 0, err
+
+
 def test_the_config_of_a_stage_replays_it(command, texts, tmp_path):
     tiny = ["new.tokenizer=word", "new.n_embd=16", "new.n_layer=1", "new.n_head=2", "--epochs", 1]
     command("sft", "--demonstrations", texts, "--out", tmp_path / "a", "--seed", 3, *tiny)
@@ -92,6 +137,16 @@ def test_the_config_of_a_stage_replays_it(command, texts, tmp_path):
         (
             ["prefer", "--out", "x", "--policy", "p", "--prompts", "t.txt", "--gold", "vader", "--responses", "1"],
             "responses must be at least 2, it is 1",
+        ),
+        (
+            ["prefer", "--out", "x", "--policy", "p", "--prompts", "t.txt", "--judge", "http://h/v1"],
+            "http://h/v1 is a se",
+        ),
+        (["revise", "--out", "x", "--model", "p", "--prompts", "t.txt"], "the setting principles is missing"),
+        (["revise", "--out", "x", "--principles", "t.txt", "--model", "p"], "revise needs either prompts"),
+        (
+            ["revise", "--out", "x", "--principles", "t.txt", "--prompts", "t.txt"],
+            "the setting writer.model is missing",
         ),
         (["reward", "--out", "x", "--comparisons", "none.jsonl"], "none.jsonl: No such file"),
         (["reward", "--out", "x", "--comparisons", "bad.jsonl"], "bad.jsonl:2"),

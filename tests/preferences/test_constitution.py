@@ -1,15 +1,20 @@
 """Principles → critiques → revisions → demonstrations, and labels by principle."""
 
+from functools import partial
+
 import pytest
 
 from rlhf_env.errors import ConfigError, DataError
 from rlhf_env.preferences.constitution import (
+    PRINCIPLE_NEXT_WORD_TEMPLATE,
     Principle,
     critique_and_revise,
     principle_judges,
     read_principles,
     write_revisions,
 )
+from rlhf_env.preferences.judge import VERDICT_TEMPLATE, JudgeLabeler, LogOddsJudge
+from rlhf_env.preferences.populations import Population
 from rlhf_env.records.jsonl import read_jsonl
 from rlhf_env.text.demonstrations import load_demonstrations
 from rlhf_env.training.prefer import ask
@@ -72,6 +77,7 @@ def test_principles_are_drawn_by_seed_response_and_round_alone():
         (a, b) for a in ("Be polite.", "Be brief.") for b in ("Be polite.", "Be brief.")
     }
     assert drawn(60, rounds=2, seed=1) != two
+    assert drawn(40, rounds=2, start=20) == two[20:]  # so parts come to what the whole does
 
 
 def test_a_response_cannot_pose_as_its_critique():
@@ -114,7 +120,7 @@ def test_each_query_is_judged_by_one_principle():
         asked.extend(prompts)
         return ["[[A]]" if i % 2 == 0 else "[[B]]" for i in range(len(prompts))]
 
-    judges = principle_judges(generate, [POLITE, BRIEF], seed=2)
+    judges = Population(principle_judges(partial(JudgeLabeler, generate), [POLITE, BRIEF]), seed=2)
     found = ask(judges, ["p"] * 40, [("x", "y")] * 40, range(40))
     assert len(found) == 40 and {c.labeler for c in found} == {"principle: Be polite.", "principle: Be brief."}
     for query, comparison in enumerate(found):
@@ -122,6 +128,33 @@ def test_each_query_is_judged_by_one_principle():
     assert len(asked) == 80 and sum("follows this principle better? Be brief." in text for text in asked) == 2 * sum(
         c.labeler == "principle: Be brief." for c in found
     )
+
+
+def test_a_principle_is_text_like_any_other():
+    asked = []
+
+    def generate(prompts):
+        asked.extend(prompts)
+        return [""] * len(prompts)
+
+    (judge,) = principle_judges(partial(JudgeLabeler, generate), [Principle("Never write {first} or {fence}.")])
+    judge.rank(["p"], [["x", "y"]], [0])
+    assert "this principle better? Never write {first} or {fence}.\n" in asked[0]
+
+
+def test_a_template_without_a_place_for_the_principle_is_refused():
+    with pytest.raises(ConfigError, match="the template must hold {principle}"):
+        principle_judges(partial(JudgeLabeler, Scribe()), [POLITE], template=VERDICT_TEMPLATE)
+
+
+def test_the_log_odds_of_a_model_may_be_read_by_principle():
+    def odds(prompts):
+        return [
+            1.0 if "A or B? Be polite.\n" in prompt and "A:\n```\nplease\n" in prompt else 0.0 for prompt in prompts
+        ]
+
+    (judge,) = principle_judges(partial(LogOddsJudge, odds), [POLITE], template=PRINCIPLE_NEXT_WORD_TEMPLATE)
+    assert judge.rank(["p"], [["no", "please"]], [0]) == [(1, 0)]
 
 
 def test_principles_from_files(tmp_path):

@@ -3,7 +3,6 @@
 import math
 import re
 
-import numpy as np
 import pytest
 
 from rlhf_env.errors import ConfigError, DataError
@@ -14,10 +13,8 @@ from rlhf_env.preferences.judge import (
     LogOddsJudge,
     fill_template,
     parse_verdict,
-    soft_comparisons,
 )
 from rlhf_env.training.prefer import ask
-from rlhf_env.types import Comparison
 
 SHORT = "{fence}{prompt}|{first}|{second}"
 
@@ -150,6 +147,16 @@ def test_more_than_two_are_ranked_by_their_points():
     assert one_unclear.rank(["p"], [["x", "y", "z"]], [0]) == [None]
 
 
+def test_two_responses_of_the_same_text_are_a_tie_and_not_asked_about():
+    """Nobody wins such a pair clearly, so asking would leave every such ranking without an answer."""
+    for policy in ("tie", "skip"):
+        model = Longest()
+        judge = JudgeLabeler(model, tie_policy=policy)
+        assert judge.rank(["p"], [["aa", "b", "aa"]], [0]) == [(0, 1, 0)]
+        assert [shown(question) for question in model.calls[0]] == [("aa", "b"), ("b", "aa"), ("b", "aa"), ("aa", "b")]
+        assert judge.counts["replies"] == 4
+
+
 def test_an_answer_does_not_depend_on_what_else_is_asked():
     judge, pairs = JudgeLabeler(Longest()), [["a", "bb"], ["ccc", "d"], ["ee", "ff"]]
     together = judge.rank(["p"] * 3, pairs, range(3))
@@ -226,14 +233,26 @@ def test_its_ranks_follow_its_probabilities():
     judge = LogOddsJudge(odds)
     assert judge.rank(["p"] * 3, [["aa", "b"], ["b", "aa"], ["x", "y"]], range(3)) == [(0, 1), (1, 0), (0, 0)]
     assert judge.rank(["p", "q"], [["aa", "b", "ccc"], ["b", "aa"]], range(2)) == [(1, 2, 0), (1, 0)]
+    assert judge.rank(["p", "q"], [["aa", "b", "aa"], ["x", "x"]], range(2)) == [(0, 1, 0), (0, 0)]
+    assert judge.preferences(["p", "q"], [("x", "x"), ("aa", "b")]).tolist() == pytest.approx([0.5, 0.7310585786300049])
 
 
-def test_soft_comparisons_keep_the_probability():
-    found = soft_comparisons(LogOddsJudge(odds, name="m"), ["p", "q"], [("aa", "b"), ("x", "y")], policy="sft")
-    assert found == [
-        Comparison("p", ("aa", "b"), (0, 1), "m", "sft", preference=float(1 / (1 + np.exp(-1.0)))),
-        Comparison("q", ("x", "y"), (0, 0), "m", "sft", preference=0.5),
-    ]
+def test_what_is_asked_keeps_the_probability_in_whichever_order_it_was_shown():
+    judge, prompts, pairs = LogOddsJudge(odds, name="m"), ["p"] * 9, [("aa", "b"), ("x", "y"), ("b", "aa")] * 3
+    found, sure = ask(judge, prompts, pairs, range(9), policy="sft"), 1 / (1 + math.exp(-1))
+    assert {c.order for c in found} == {(0, 1), (1, 0)}
+    assert [c.preference for c in found] == pytest.approx([sure, 0.5, 1 - sure] * 3)
+    assert [c.ranks for c in found] == [(0, 1), (0, 0), (1, 0)] * 3
+    assert {(c.labeler, c.policy) for c in found} == {("m", "sft")}
+    (ranking,) = ask(judge, ["p"], [("aa", "b", "ccc")], [0])
+    assert (ranking.ranks, ranking.preference) == ((1, 2, 0), None)
+
+
+def test_a_probability_next_to_a_half_is_no_contradiction_when_turned_round():
+    """1 − (½ − 2⁻⁵⁴) is ½ in floating point, so ranks must be made of what is stored."""
+    nearly = LogOddsJudge(lambda prompts: [-(2.0**-52)] * len(prompts), swap=False)
+    assert float(nearly.preferences(["p"], [("x", "y")])[0]) == 0.5 - 2.0**-54
+    assert len(ask(nearly, ["p"] * 20, [("x", "y")] * 20, range(20))) == 20
 
 
 @pytest.mark.parametrize("answer", [[0.0], [0.0, math.nan], [[0.0, 1.0]]])

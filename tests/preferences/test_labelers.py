@@ -319,6 +319,13 @@ def test_every_option_prefers_as_often_as_the_exact_probability_says(difference,
     assert float(mirrored) == pytest.approx(1 - p, abs=1e-9)  # the same query, told the other way round
 
 
+def test_christianos_answers_that_are_uniform_in_a_tenth_are_flips_in_a_twentieth():
+    for difference in (LOG3, -LOG3, 0.0):
+        uniform = 0.9 / (1 + math.exp(-difference)) + 0.1 * 0.5  # 1706.03741, §2.2.3
+        config = LabelerConfig(temperature=1.0, flip_rate=0.05)
+        assert float(preference_probability(difference, config)) == pytest.approx(uniform)
+
+
 def test_in_random_order_a_bonus_is_half_the_time_for_either():
     config = LabelerConfig(temperature=1.0, first_bonus=LOG3)
     assert float(preference_probability(LOG3, config)) == pytest.approx((9 / 10 + 1 / 2) / 2)

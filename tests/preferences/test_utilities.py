@@ -37,7 +37,25 @@ def test_format_counts_list_items_headings_and_bold_spans():
         0,
         0,
         0,
-        1,
+        0,
+    ]
+
+
+def test_a_list_item_or_heading_that_begins_in_bold_is_both():
+    texts = ["- **Cast**: good", "1. **One** and **two**", "## **Plot**", "**alone**"]
+    assert markdown_marks(["p"] * 4, texts).tolist() == [2, 3, 2, 1]
+
+
+def test_asterisks_with_spaces_inside_are_not_bold():
+    """CommonMark §6.2: a run opens before, and closes after, what is no white space."""
+    assert markdown_marks(["p"] * 3, ["2 ** 3 ** 4", "** no**", "**no **"]).tolist() == [0, 0, 0]
+
+
+def test_a_lexicon_knows_words_in_lower_case_whatever_alphabet():
+    assert Lexicon({"straße": 1.0, "ça": 1.0}).score(["p"] * 3, ["Straße", "STRASSE", "Ça!"]).tolist() == [
+        1.0,
+        0.0,
+        1.0,
     ]
 
 

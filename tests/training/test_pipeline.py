@@ -166,6 +166,14 @@ def test_a_pipeline_without_a_beginning_says_what_is_missing(given, message, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_with_a_judge_nobody_needs_to_know_gold():
+    given = PipelineConfig(policy="p", prompts="builtin:reviews", prefer={"judge": {"model": "m"}})
+    prefer, reward = (stage.config for stage in plan(given, Path("out"))[:2])
+    assert (prefer.gold, prefer.judge.model, reward.gold) == (None, "m", None)
+    with pytest.raises(ConfigError, match="the setting gold is missing: a simulated labeler"):
+        plan(replace(given, prefer={"labelers": [{}]}), Path("out"))
+
+
 # --- bad input
 
 
@@ -188,6 +196,10 @@ def test_a_pipeline_without_a_beginning_says_what_is_missing(given, message, tmp
         ({"prompts": "long.txt"}, RLHFEnvError, r"long\.txt: .* exceed the model's context of 32"),
         ({"sft": {"new": {"tokenizer": "word", "n_positions": 4}}}, DataError, "do not fit the context of 4"),
         ({"sft": {"epochs": 2}}, ConfigError, "sft.epochs"),
+        ({"prefer": {"biases": {"lenght": 1}}}, ConfigError, "'lenght' is no bias"),
+        ({"prefer": {"labelers": [{"gold": "vadr"}]}}, ConfigError, "Did you mean 'vader'"),
+        ({"prefer": {"judge": {"model": "./nowhere"}}}, ConfigError, "there is no folder ./nowhere"),
+        ({"prefer": {"judge": {"by": "log_odds"}}}, ConfigError, "a judge needs a model"),
         ({"train": {"agent": "pppo"}}, ConfigError, "unknown agent 'pppo'; did you mean 'ppo'"),
         ({"train": {"agent": "sb3:DQN"}}, ConfigError, "DQN"),
         ({"train": {"settings": {"epocs": 2}}}, ConfigError, "epocs.*did you mean .*epochs"),
