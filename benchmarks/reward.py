@@ -2,22 +2,21 @@
 
     python benchmarks/reward.py
 
-A GPT-2 of two layers and width 64 on responses of 16 to 48 characters. The bare forward gets the same batches, padded
-and in order of length already; scoring has to read the texts, sort, pad and put the scores back. One thread, process
-time; the ratio is taken within a round, and medians of the rounds are printed.
+GPT-2s of two sizes on responses of 16 to 48 characters. The bare forward gets the same batches, padded and in order of
+length already; scoring has to read the texts, sort, pad and put the scores back. One thread, process time; the ratio is
+taken within a round, and medians of the rounds are printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from paired import begin
+from paired import begin, row, seconds, table, take_turns
 
 from rlhf_env.reward_models.bradley_terry import fit_comparisons, new_reward_model
 from rlhf_env.reward_models.classifier import ClassifierReward
@@ -48,6 +47,24 @@ def batches(reward: ClassifierReward, responses: list[str]) -> list[dict[str, An
     return filled
 
 
+def new_classifier(responses: list[str], n_layer: int, n_embd: int) -> ClassifierReward:
+    with tempfile.TemporaryDirectory() as body:
+        new = NewModelConfig(tokenizer="char", n_layer=n_layer, n_embd=n_embd)
+        new_model(new, responses, 0, "cpu", "float32").save_pretrained(body)
+        return new_reward_model(body)
+
+
+def learn(reward: ClassifierReward, judged: list[Comparison]) -> None:
+    for _ in fit_comparisons(reward, judged, BradleyTerryConfig(epochs=2)):
+        pass
+
+
+@torch.inference_mode()
+def bare(reward: ClassifierReward, ready: list[dict[str, Any]]) -> None:
+    for batch in ready:
+        reward.model(**batch)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
@@ -55,31 +72,17 @@ def main() -> None:
     begin()
     responses = texts(2 * PAIRS, 0)
     judged = [Comparison("", (responses[2 * i], responses[2 * i + 1]), (0, 1)) for i in range(PAIRS)]
-    with tempfile.TemporaryDirectory() as body:
-        new_model(NewModelConfig(tokenizer="char"), responses, 0, "cpu", "float32").save_pretrained(body)
-        reward = new_reward_model(body)
-
-    began = time.process_time()
-    for _ in fit_comparisons(reward, judged, BradleyTerryConfig(epochs=2)):
-        pass
-    learning = time.process_time() - began
-
-    ready, seconds, ratios = batches(reward, responses), list[float](), list[float]()
-    for _ in range(rounds):
-        began = time.process_time()
-        with torch.inference_mode():
-            for batch in ready:
-                reward.model(**batch)
-        bare = time.process_time() - began
-        began = time.process_time()
-        reward.score([""] * len(responses), responses)
-        seconds.append(time.process_time() - began)
-        ratios.append(bare / seconds[-1])
-    print("\n| a classifier of two layers, width 64 | seconds | texts per second | of the bare forward |")
-    print("|---|---|---|---|")
-    print(f"| learning from {PAIRS:,} pairs, two passes | {learning:.2f} | {4 * PAIRS / learning:,.0f} | |")
-    took = statistics.median(seconds)
-    print(f"| scoring {2 * PAIRS:,} texts | {took:.3f} | {2 * PAIRS / took:,.0f} | {statistics.median(ratios):.0%} |")
+    table("classifier", "", "seconds", "texts per second", "of the bare forward")
+    for n_layer, n_embd in ((2, 64), (6, 256)):
+        size = f"{n_layer} layers of width {n_embd}"
+        reward = new_classifier(responses, n_layer, n_embd)
+        if n_layer == 2:
+            took = seconds(partial(learn, reward, judged))()
+            row(size, f"learning from {PAIRS:,} pairs, two passes", f"{took:.2f}", f"{4 * PAIRS / took:,.0f}", "")
+        forward = seconds(partial(bare, reward, batches(reward, responses)))
+        scoring = seconds(partial(reward.score, [""] * len(responses), responses))
+        took, ratio = take_turns({"bare": forward, "scoring": scoring}, rounds)["scoring"]
+        row(size, f"scoring {2 * PAIRS:,} texts", f"{took:.2f}", f"{2 * PAIRS / took:,.0f}", f"{1 / ratio:.0%}")
 
 
 if __name__ == "__main__":
