@@ -4,35 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from rlhf_env.errors import ConfigError, DataError
+from rlhf_env.errors import DataError
 from rlhf_env.preferences.comparisons import write_comparisons
-from rlhf_env.preferences.labelers import SimulatedLabeler, label_agreement, present, utilities_of
+from rlhf_env.preferences.labelers import label_agreement, present, utilities_of
 from rlhf_env.preferences.populations import Population
-from rlhf_env.preferences.utilities import log_words, markdown_marks, sycophancy, weighted
 from rlhf_env.records.config import to_dict
 from rlhf_env.records.run import Run, require_free
 from rlhf_env.reward_models.load import load_reward
-from rlhf_env.reward_models.vader import VaderReward
-from rlhf_env.settings import LabelerConfig
 from rlhf_env.text.prompts import load_prompts, prompt_indices
 from rlhf_env.training.assemble import load_sampler, parse_device
 from rlhf_env.training.collect import collect
-from rlhf_env.training.config import PreferConfig
+from rlhf_env.training.config import MemberConfig, PreferConfig
 from rlhf_env.training.evaluate import response_texts
 from rlhf_env.training.inference import Progress, unscored_envs
+from rlhf_env.training.labelers import build_labelers
 from rlhf_env.training.report import surroundings
 from rlhf_env.types import Comparison, Labeler
 
 SAMPLING_SEED = 1_000_033  # added to the seed: training shall not meet these random numbers again
 _MOST_QUERIES = 4  # times those that would do if none had identical responses and none were skipped
-_MEMBER_STREAM = 8  # of the seeds of a population's members
 
 
 def run_prefer(config: PreferConfig, out: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -47,8 +42,10 @@ def run_prefer(config: PreferConfig, out: str | Path, *, progress: Progress | No
     require_free(out)
     began = time.perf_counter()
     device, prompts = parse_device(config.device), load_prompts(config.prompts)
-    gold = load_reward(config.gold, device=device)
-    labelers = _labelers(config, gold, device)
+    load = cache(partial(load_reward, device=device))
+    gold = load(config.gold)
+    one = MemberConfig(labeler=config.labeler, biases=config.biases)
+    labelers = build_labelers(one, config.labelers, config.overlap, gold=config.gold, seed=config.seed, load=load)
     policy = load_sampler(config)
     envs = unscored_envs(config.env, config.num_envs, prompts, config.prompts, policy)
     run, k = Run.create(out, to_dict(config)), config.responses
@@ -129,40 +126,6 @@ def ask(
                     Comparison(prompts[q], tuple(responses[q]), ranks, labeler.name, policy=policy, order=orders[q])
                 )
     return [comparison for those in found for comparison in those]
-
-
-def _labelers(config: PreferConfig, gold: Any, device: torch.device) -> Labeler | Population:
-    """The one labeler of the settings, or the several, whose seeds are made from the seed and their number."""
-    if not config.labelers:
-        liked = _with_biases(gold, config.biases)
-        name = _name(config.gold, config.biases, config.labeler, config.seed)
-        return SimulatedLabeler(liked, config.labeler, seed=config.seed, name=name)
-    members = []
-    for number, member in enumerate(config.labelers):
-        own = gold if member.gold is None else load_reward(member.gold, device=device)
-        seed = int(np.random.default_rng([config.seed, number, _MEMBER_STREAM]).integers(2**32))
-        name = f"{number} {_name(member.gold or config.gold, member.biases, member.labeler, seed)}"
-        members.append(SimulatedLabeler(_with_biases(own, member.biases), member.labeler, seed=seed, name=name))
-    return Population(members, [member.weight for member in config.labelers], config.overlap, config.seed)
-
-
-def _with_biases(gold: Any, biases: Mapping[str, float]) -> Any:
-    """Gold, or the sum of gold and what else a labeler likes, by its name and weight."""
-    if not biases:
-        return gold
-    known = {"log_words": log_words, "markdown_marks": markdown_marks, "sycophancy": sycophancy(VaderReward())}
-    if unknown := [name for name in biases if name not in known]:
-        raise ConfigError(f"{unknown[0]!r} is no bias: choose among {', '.join(known)}, or write a gold of your own")
-    return weighted([(1.0, gold), *((weight, known[name]) for name, weight in biases.items())])
-
-
-def _name(gold: str, biases: Mapping[str, float], errors: LabelerConfig, seed: int) -> str:
-    """Whom a comparison is by: gold, biases, the two errors that every labeler has, and those that it has besides."""
-    likes = [f"{weight:+} {name}" for name, weight in biases.items()]
-    given = {name: value for name, value in to_dict(errors).items() if value != getattr(LabelerConfig(), name)}
-    shown = {"temperature": errors.temperature, "flip_rate": errors.flip_rate, **given, "seed": seed}
-    said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
-    return f"simulated: {' '.join([gold, *likes])}, {said}"
 
 
 def _too_few(queries: int, identical: int, comparisons: int) -> str:

@@ -13,7 +13,7 @@ from rlhf_env.preferences.labelers import SimulatedLabeler
 from rlhf_env.records.config import Layer, build, override_layer, read_layer, to_dict
 from rlhf_env.records.run import Run
 from rlhf_env.settings import LabelerConfig
-from rlhf_env.training import inference, pipeline, prefer, reward
+from rlhf_env.training import inference, labelers, pipeline, prefer, reward
 from rlhf_env.training.collect import collect
 from rlhf_env.training.config import EnvConfig, MemberConfig, PreferConfig
 from rlhf_env.training.prefer import ask, run_prefer
@@ -155,7 +155,7 @@ class PrefersTheFirst:
 def first(monkeypatch) -> PrefersTheFirst:
     """The labeler of a run, whatever its settings say."""
     labeler = PrefersTheFirst()
-    monkeypatch.setattr(prefer, "SimulatedLabeler", lambda *args, **kwargs: labeler)
+    monkeypatch.setattr(labelers, "SimulatedLabeler", lambda *args, **kwargs: labeler)
     return labeler
 
 
