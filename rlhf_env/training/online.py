@@ -154,7 +154,6 @@ def _round(config: OnlineConfig, out: Path, number: int, labels: Sequence[int]) 
     label = LabelsConfig(
         pool=at("pool/pool.jsonl"),
         policy=policy,
-        ensemble=present,
         earlier=earlier,
         gold=config.gold,
         labeler=config.labeler,

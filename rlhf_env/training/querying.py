@@ -16,8 +16,8 @@ from rlhf_env.errors import DataError
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.preferences.comparisons import read_comparisons, write_comparisons
 from rlhf_env.preferences.labelers import SimulatedLabeler, label_agreement, utilities_of
-from rlhf_env.preferences.queries import Rule, differing, disagreement, select
-from rlhf_env.preferences.reward_metrics import ranked_by
+from rlhf_env.preferences.queries import Rule, differing, disagreement, pair_leads, select
+from rlhf_env.preferences.reward_metrics import measure_logits, ranked_by
 from rlhf_env.preferences.splits import split_by_prompt
 from rlhf_env.records.config import to_dict
 from rlhf_env.records.jsonl import read_jsonl, write_jsonl
@@ -63,7 +63,6 @@ class LabelsConfig:
 
     pool: str  #: file of the pool
     policy: str  #: who wrote its responses
-    ensemble: str | None  #: folders of the present reward models, A,B,C; none: there are none yet
     earlier: str | None  #: file of the comparisons before; none: there are none
     gold: str  #: the labeler's true reward
     labeler: LabelerConfig  #: how the labeler errs
@@ -73,7 +72,7 @@ class LabelsConfig:
     keep: int | None  #: learn from this many of the latest comparisons; none: from all
     held_out: float  #: share of the comparisons, by prompt, that is not learned from
     seed: int  #: of choice between equals, labeler and hold-out
-    device: str  #: where the reward models are
+    device: str  #: where gold is, if it is a model
 
 
 @dataclass(frozen=True)
@@ -104,10 +103,6 @@ class Members:
         """The mean of the members' logits, [B]."""
         return self.each(prompts, responses).mean(0)
 
-    def measure(self, comparisons: Sequence[Comparison]) -> dict[str, Any]:
-        """`measure_comparisons` of the mean logit."""
-        return measure_comparisons(self, comparisons)
-
 
 def run_pool(config: PoolConfig, out: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
     """Write `out`/pool.jsonl, a row per prompt: `prompt`, `responses` [K] and, of an ensemble, `logits` [M, K].
@@ -129,15 +124,13 @@ def run_pool(config: PoolConfig, out: str | Path, *, progress: Progress | None =
     rows: list[dict[str, Any]] = [{"prompt": p, "responses": list(r)} for p, r in zip(asked, responses, strict=True)]
     summary: dict[str, Any] = {"prompts": len(rows), "identical": sum(len(set(those)) == 1 for those in responses)}
     if config.ensemble is not None:
-        members = Members.load(config.ensemble, device)
-        logits = members.each(repeated, texts).reshape(-1, len(rows), k).swapaxes(0, 1)  # [N, M, K]
-        rows = [row | {"logits": those.tolist()} for row, those in zip(rows, logits, strict=True)]
+        logits = Members.load(config.ensemble, device).each(repeated, texts).reshape(-1, len(rows), k)  # [M, N, K]
+        rows = [row | {"logits": those.tolist()} for row, those in zip(rows, logits.swapaxes(0, 1), strict=True)]
         i, j = np.triu_indices(k, 1)
-        summary["disagreement"] = float(disagreement((logits[:, :, i] - logits[:, :, j]).swapaxes(0, 1)).mean())
+        summary["disagreement"] = float(disagreement(pair_leads(logits)[..., i, j]).mean())
         truth = utilities_of(load_reward(config.gold, device=device), asked, responses)
         unranked = [Comparison(prompt, those, (0,) * k) for prompt, those in zip(asked, responses, strict=True)]
-        measured = members.measure(ranked_by(unranked, truth))
-        summary |= _named(measured, "accuracy", "accuracy_pool")
+        summary |= _named(measure_logits(ranked_by(unranked, truth), list(logits.mean(0))), "accuracy", "accuracy_pool")
     write_jsonl(out / "pool.jsonl", rows)
     run.write_summary({**summary, "seconds": time.perf_counter() - began})
     return run.summary
@@ -161,8 +154,8 @@ def run_labels(config: LabelsConfig, out: str | Path) -> dict[str, Any]:
 
     rows = read_jsonl(config.pool, required={"prompt": str, "responses": list})
     responses = [tuple(row["responses"]) for row in rows]
-    unknown = np.zeros((1, len(rows), len(responses[0])))
-    scores = unknown if config.ensemble is None else np.array([row["logits"] for row in rows]).swapaxes(0, 1)
+    logits = np.array([row["logits"] for row in rows]).swapaxes(0, 1) if "logits" in rows[0] else None  # [M, N, K]
+    scores = np.zeros((1, len(rows), len(responses[0]))) if logits is None else logits
     rng = np.random.default_rng([config.seed, config.first, _SELECTION_STREAM])
     chosen = select(config.rule, scores, config.count, rng, differing(responses)).tolist()
     comparisons = ask(
@@ -194,8 +187,11 @@ def run_labels(config: LabelsConfig, out: str | Path) -> dict[str, Any]:
         "held_out": len(held_out),
         **label_agreement(comparisons, utilities),
     }
-    if config.ensemble is not None:
-        measured = Members.load(config.ensemble, device).measure(comparisons)
+    if logits is not None:
+        texts = ((row["prompt"], text) for row in rows for text in row["responses"])
+        known = dict(zip(texts, logits.mean(0).flat, strict=True))
+        said = [np.array([known[c.prompt, text] for text in c.responses]) for c in comparisons]
+        measured = measure_logits(comparisons, said)
         summary |= _named(measured, "accuracy", "accuracy_new_pairs") | {"log_loss_new_pairs": measured["log_loss"]}
     run.write_summary({**summary, "seconds": time.perf_counter() - began})
     return run.summary
@@ -207,7 +203,7 @@ def run_ensemble(config: EnsembleConfig, out: str | Path) -> dict[str, Any]:
     began = time.perf_counter()
     members, held_out = Members.load(config.ensemble, parse_device(config.device)), read_comparisons(config.comparisons)
     run = Run.create(out, to_dict(config))
-    run.write_summary({**members.measure(held_out), "seconds": time.perf_counter() - began})
+    run.write_summary({**measure_comparisons(members, held_out), "seconds": time.perf_counter() - began})
     return run.summary
 
 

@@ -74,7 +74,7 @@ def test_each_round_starts_from_what_the_last_one_left(config):
     pool, labels, first, second, ensemble, train = (stages[f"round-1/{name}"] for name in STAGES)
     present = "out/round-0/reward-0/model,out/round-0/reward-1/model"
     assert pool.policy == labels.policy == train.policy == "out/round-0/train/model"
-    assert pool.ensemble == labels.ensemble == present
+    assert pool.ensemble == present
     assert (labels.pool, labels.earlier) == ("out/round-1/pool/pool.jsonl", "out/round-0/labels/all.jsonl")
     assert {m.comparisons for m in (first, second)} == {"out/round-1/labels/learned.jsonl"}
     assert (
@@ -212,6 +212,26 @@ def test_the_ensemble_is_measured_on_new_pairs_before_it_learns_them(straight):
         loss, rel=1e-4
     )
     assert row["accuracy_new_pairs_low"] < right < row["accuracy_new_pairs_high"]
+
+
+def test_members_are_asked_once_about_what_is_in_the_pool(config, straight, tmp_path, monkeypatch):
+    """Choosing pairs, and measuring the ensemble on the pool and on new pairs, needs the logits of the pool alone."""
+    asked = []
+
+    def each(self, prompts, responses):
+        asked.append(len(responses))
+        return np.array([[len(text) * (m + 1) for text in responses] for m in range(2)], dtype=float)
+
+    monkeypatch.setattr(querying.Members, "each", each)
+    stages = {stage.name: stage.config for stage in plan(config, straight.path)}
+    pool = querying.run_pool(stages["round-1/pool"], tmp_path / "pool")
+    labels = replace(stages["round-1/labels"], pool=str(tmp_path / "pool/pool.jsonl"))
+    summary = querying.run_labels(labels, tmp_path / "labels")
+    assert asked == [18 * 3] and 0 <= pool["accuracy_pool"] <= 1
+    new = read_comparisons(tmp_path / "labels/comparisons.jsonl")
+    lead = np.array([(len(c.responses[0]) - len(c.responses[1])) * (c.ranks[1] - c.ranks[0]) for c in new])
+    assert summary["accuracy_new_pairs"] == pytest.approx(np.mean(0.5 + 0.5 * np.sign(lead)))
+    assert summary["log_loss_new_pairs"] == pytest.approx(np.mean(np.log1p(np.exp(-1.5 * lead))))  # of the mean logit
 
 
 def test_the_accuracy_on_the_pool_is_that_of_all_pairs_by_gold(straight):
