@@ -364,7 +364,7 @@ class OnlineConfig:
     pool: int = 256  #: prompts in each round to which responses are written, at most one pair of each is compared
     candidates: int = 4  #: responses to each of these prompts, of which two are compared
     rule: Rule = "bald"  #: what the ensemble goes by when it chooses pairs; the first round has none and is uniform
-    members: int = 3  #: reward models in the ensemble, whose mean is trained on
+    members: int = 3  #: reward models in the ensemble, whose mean is trained on; one alone only with uniform or entropy
     keep: int | None = None  #: learn from this many of the latest comparisons; none: from all
     held_out: float = 0.1  #: share of the comparisons, by prompt, that no member learns from
     labeler: LabelerConfig = field(default_factory=LabelerConfig)  #: how the labeler errs
@@ -381,6 +381,11 @@ class OnlineConfig:
         _require(self, {"seed": 0, **({} if self.keep is None else {"keep": 2})})
         for name in ("eval_share", "initial", "held_out"):
             _require_share(name, getattr(self, name))
+        if self.members == 1 and self.rounds > 1 and self.rule not in ("uniform", "entropy"):
+            raise ConfigError(
+                f"{self.rule} goes by what the members disagree on, and one member is an ensemble of its own opinion: "
+                "raise members, or choose the rule uniform or entropy"
+            )
 
 
 def _require_share(name: str, value: float) -> None:

@@ -103,7 +103,7 @@ def test_every_member_and_round_has_random_numbers_of_its_own(config):
     learned = [s.config for s in plan(config, Path("out")) if "/reward-" in s.name or s.name.endswith("/train")]
     assert len({each.seed for each in learned}) == len(learned) == 6
     assert all(each.bagging for each in learned if not isinstance(each, TrainConfig))
-    alone = [s.config for s in plan(replace(config, members=1), Path("out")) if "/reward-" in s.name]
+    alone = [s.config for s in plan(replace(config, members=1, rule="entropy"), Path("out")) if "/reward-" in s.name]
     assert len(alone) == 2 and not any(each.bagging for each in alone)
 
 
@@ -154,6 +154,14 @@ def test_what_is_wrong_shows_before_anything_is_written(config, change, error, m
 def test_settings_have_limits(config, change):
     with pytest.raises(ConfigError, match=f"{next(iter(change))} must be"):
         replace(config, **change)
+
+
+@pytest.mark.parametrize("rule", ["disagreement", "bald", "double_thompson"])
+def test_one_member_has_nobody_to_disagree_with(config, rule):
+    with pytest.raises(ConfigError, match=f"{rule} goes by what the members disagree on, .*: raise members, or choose"):
+        replace(config, members=1, rule=rule)
+    assert replace(config, members=1, rule=rule, rounds=1).members == 1  # the only round has no ensemble to ask
+    assert replace(config, members=1, rule="entropy").members == 1  # how sure one is needs no other
 
 
 def test_a_comma_in_the_folder_would_divide_the_ensemble(config):
@@ -381,7 +389,7 @@ def test_a_finished_loop_is_not_done_again_and_may_stand_elsewhere(config, strai
             r"round-1/labels was begun with another rule; .* delete \S*/round-1/labels \S*/round-1/r",
         ),
         ({"comparisons": 31}, "round-1/labels was begun with another count"),
-        ({"members": 1}, "holds round-0/reward-1, which these settings leave out"),
+        ({"members": 1, "rule": "uniform"}, "holds round-0/reward-1, which these settings leave out"),
         ({"rounds": 1, "comparisons": 15}, "holds round-1/ensemble, which these settings leave out"),
         ({"seed": 1}, "round-0/pool was begun with another seed"),
     ],
