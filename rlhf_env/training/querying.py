@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 from rlhf_env.errors import DataError
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.preferences.comparisons import read_comparisons, write_comparisons
-from rlhf_env.preferences.labelers import SimulatedLabeler, label_agreement, utilities_of
+from rlhf_env.preferences.labelers import label_agreement, utilities_of
+from rlhf_env.preferences.populations import Population
 from rlhf_env.preferences.queries import Rule, differing, disagreement, pair_leads, select
 from rlhf_env.preferences.reward_metrics import measure_logits, ranked_by
 from rlhf_env.preferences.splits import split_by_prompt
@@ -29,11 +31,12 @@ from rlhf_env.settings import LabelerConfig
 from rlhf_env.text.prompts import load_prompts, prompt_indices
 from rlhf_env.training.assemble import parse_device
 from rlhf_env.training.collect import collect
-from rlhf_env.training.config import DType, EnvConfig
+from rlhf_env.training.config import DType, EnvConfig, MemberConfig, OnlineConfig
 from rlhf_env.training.evaluate import response_texts
 from rlhf_env.training.inference import Progress, unscored_envs
+from rlhf_env.training.labelers import build_labelers
 from rlhf_env.training.prefer import ask
-from rlhf_env.types import Comparison
+from rlhf_env.types import Comparison, Labeler
 
 SAMPLING_SEED = 4_000_037  # added to the seed: a pool's responses are those of no other stage
 _SELECTION_STREAM = 9
@@ -64,14 +67,17 @@ class LabelsConfig:
     pool: str  #: file of the pool
     policy: str  #: who wrote its responses
     earlier: str | None  #: file of the comparisons before; none: there are none
-    gold: str  #: the labeler's true reward
+    gold: str  #: the labelers' true reward
     labeler: LabelerConfig  #: how the labeler errs
+    biases: dict[str, float]  #: what else it likes
+    labelers: tuple[MemberConfig, ...]  #: several who share the queries, in place of the one
+    overlap: int  #: how many of the labelers answer each query
     rule: Rule  #: how pairs are chosen
-    count: int  #: labels to ask for
-    first: int  #: number of the first query: the labels planned for the rounds before
+    count: int  #: pairs to ask about
+    first: int  #: number of the first query: the pairs planned for the rounds before
     keep: int | None  #: learn from this many of the latest comparisons; none: from all
     held_out: float  #: share of the comparisons, by prompt, that is not learned from
-    seed: int  #: of choice between equals, labeler and hold-out
+    seed: int  #: of choice between equals, labelers and hold-out
     device: str  #: where gold is, if it is a model
 
 
@@ -140,16 +146,15 @@ def run_labels(config: LabelsConfig, out: str | Path) -> dict[str, Any]:
     """Choose pairs of the pool, ask for their labels, and measure the present ensemble on them before it learns them.
 
     Leaves comparisons.jsonl, those of this round; all.jsonl, those so far (or the latest `keep`); and learned.jsonl and
-    held_out.jsonl, its two sides. The summary counts what was `planned`, `asked` (there may be too few prompts with
-    responses that differ), `skipped` by the labeler and `kept`.
+    held_out.jsonl, its two sides. The summary counts labels: what was `planned`, `asked` (there may be too few prompts
+    with responses that differ), `skipped` by the labelers and `kept`.
     """
     out = Path(out)
     require_free(out)
     began = time.perf_counter()
     device = parse_device(config.device)
-    gold = load_reward(config.gold, device=device)
-    errors = f"temperature {config.labeler.temperature}, flip rate {config.labeler.flip_rate}, seed {config.seed}"
-    labeler = SimulatedLabeler(gold, config.labeler, seed=config.seed, name=f"simulated: {config.gold}, {errors}")
+    load = cache(partial(load_reward, device=device))
+    gold, labelers = load(config.gold), labelers_of(config, load)
     run = Run.create(out, to_dict(config))
 
     rows = read_jsonl(config.pool, required={"prompt": str, "responses": list})
@@ -159,7 +164,7 @@ def run_labels(config: LabelsConfig, out: str | Path) -> dict[str, Any]:
     rng = np.random.default_rng([config.seed, config.first, _SELECTION_STREAM])
     chosen = select(config.rule, scores, config.count, rng, differing(responses)).tolist()
     comparisons = ask(
-        labeler,
+        labelers,
         [rows[n]["prompt"] for n, _, _ in chosen],
         [(responses[n][i], responses[n][j]) for n, i, j in chosen],
         range(config.first, config.first + len(chosen)),
@@ -179,9 +184,9 @@ def run_labels(config: LabelsConfig, out: str | Path) -> dict[str, Any]:
         write_comparisons(out / f"{name}.jsonl", those)
     utilities = utilities_of(gold, [c.prompt for c in comparisons], [c.responses for c in comparisons])
     summary: dict[str, Any] = {
-        "planned": config.count,
-        "asked": len(chosen),
-        "skipped": len(chosen) - len(comparisons),
+        "planned": config.count * config.overlap,
+        "asked": (asked := len(chosen) * config.overlap),
+        "skipped": asked - len(comparisons),
         "kept": len(comparisons),
         "comparisons": len(every),
         "held_out": len(held_out),
@@ -195,6 +200,12 @@ def run_labels(config: LabelsConfig, out: str | Path) -> dict[str, Any]:
         summary |= _named(measured, "accuracy", "accuracy_new_pairs") | {"log_loss_new_pairs": measured["log_loss"]}
     run.write_summary({**summary, "seconds": time.perf_counter() - began})
     return run.summary
+
+
+def labelers_of(config: OnlineConfig | LabelsConfig, load: Callable[[str], Any]) -> Labeler | Population:
+    """Who answers the queries, by the settings; `load` makes a reward model of a name."""
+    one = MemberConfig(labeler=config.labeler, biases=config.biases)
+    return build_labelers(one, config.labelers, config.overlap, gold=config.gold, seed=config.seed, load=load)
 
 
 def run_ensemble(config: EnsembleConfig, out: str | Path) -> dict[str, Any]:
