@@ -1,6 +1,6 @@
 """What graded judgements by many people hold: do grades help as margins, and knowing who judges? Who is biased?
 
-    python examples/reward_models/tulu.py tulu_human_eval.jsonl
+    python examples/reward_models/tulu.py tulu_human_eval.jsonl      # two minutes
 
 FILE holds pairs with grades, policies and labelers, such as the human evaluation of Tülu (Wang et al. 2023, arXiv
 2306.04751). What is learned is measured on prompts held out, in five folds; intervals draw whole prompts.
