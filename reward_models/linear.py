@@ -20,6 +20,7 @@ from torch.nn.functional import embedding_bag
 
 from rlhf_env.errors import ConfigError, DataError
 from rlhf_env.functional import bradley_terry_loss
+from rlhf_env.preference_losses import less_margin
 from rlhf_env.records.config import Layer, build
 from rlhf_env.records.jsonl import read_json, write_json
 from rlhf_env.reward_models.bradley_terry import flat_pairs
@@ -87,17 +88,28 @@ class LinearReward:
 
 
 def fit_linear(
-    comparisons: Sequence[Comparison], *, longest: int = 2, l2: float = 1.0, least_count: int = 2, steps: int = 200
+    comparisons: Sequence[Comparison],
+    *,
+    longest: int = 2,
+    l2: float = 1.0,
+    least_count: int = 2,
+    margin: float = 0.0,
+    steps: int = 200,
 ) -> LinearReward:
     """The logistic regression of preferences on differences of n-gram counts: convex, so it has one optimum.
 
     Σ over comparisons of the mean `bradley_terry_loss` of their pairs + l2/2 · Σ w², minimised by L-BFGS until nothing
-    changes or for `steps`. N-grams of up to `longest` words that occur in at least `least_count` responses count.
+    changes or for `steps`. N-grams of up to `longest` words that occur in at least `least_count` responses count. The
+    preferred response is to lead by `margin` logits per unit of a comparison's strength, 0 where it has none.
     """
     if not comparisons:
         raise DataError("there are no comparisons to learn from")
     if longest < 1 or l2 <= 0 or least_count < 1:
         raise ConfigError("longest and least_count must be at least 1, and l2 positive: words outnumber comparisons")
+    if margin < 0:
+        raise ConfigError(f"the margin must be at least 0, it is {margin}")
+    if margin and all(c.strength is None for c in comparisons):
+        raise DataError("margin is in units of a comparison's strength, and of these comparisons none has one")
     responses = [response for c in comparisons for response in c.responses]
     seen = Counter(g for response in responses for g in set(_ngrams(response, longest)))
     vocabulary = tuple(sorted(g for g, count in seen.items() if count >= least_count))
@@ -106,13 +118,15 @@ def fit_linear(
     table, pairs = _Counts.of(responses, vocabulary, longest), flat_pairs(comparisons)
     preference = torch.tensor(pairs.preference, dtype=torch.float64)
     share = torch.tensor(pairs.share, dtype=torch.float64)
+    strength = torch.tensor(pairs.strength, dtype=torch.float64)
     w = torch.zeros(len(vocabulary), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([w], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-6)
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         logits = table.times(w)
-        value = share @ bradley_terry_loss(logits[pairs.first] - logits[pairs.second], preference)
+        lead = less_margin(logits[pairs.first] - logits[pairs.second], preference, margin * strength)
+        value = share @ bradley_terry_loss(lead, preference)
         value = value + l2 / 2 * w.square().sum()
         value.backward()
         return value

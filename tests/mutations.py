@@ -56,6 +56,7 @@ JUDGED = "tests/preferences/test_judged.py"
 DAWID_SKENE = "tests/preferences/test_dawid_skene.py"
 ARENA = "tests/preferences/test_arena.py"
 SPLITS = "tests/preferences/test_splits.py"
+LABELER_EFFECTS = "tests/preferences/test_labeler_effects.py"
 UTILITIES = "tests/preferences/test_utilities.py"
 POPULATIONS = "tests/preferences/test_populations.py"
 JUDGE = "tests/preferences/test_judge.py"
@@ -1976,6 +1977,41 @@ MUTATIONS = [
         "answer[order.index(i)]",
         "answer[i]",
         PREFER,
+    ),
+    Mutation(
+        "labelers are not pulled together",
+        "rlhf_env/preferences/labeler_effects.py",
+        "np.full(f, _SHARED_SPREAD**-2), np.ones(everyone * f)",
+        "np.full(f, _SHARED_SPREAD**-2), np.full(everyone * f, 1e-6)",
+        LABELER_EFFECTS,
+    ),
+    Mutation(
+        "a labeler's weights are its deviations",
+        "rlhf_env/preferences/labeler_effects.py",
+        "np.tile(np.eye(f), (everyone, 1))",
+        "np.zeros((everyone * f, f))",
+        LABELER_EFFECTS,
+    ),
+    Mutation(
+        "a linear reward pulls the preferred one back by its margin",
+        "reward_models/linear.py",
+        "preference, margin * strength)",
+        "1 - preference, margin * strength)",
+        LINEAR,
+    ),
+    Mutation(
+        "the first round's share is rounded down in floating point",
+        "rlhf_env/preferences/queries.py",
+        "int(total * Fraction(str(initial)))",
+        "int(total * initial)",
+        f"{QUERIES}::test_the_first_round_gets_the_share_that_is_written",
+    ),
+    Mutation(
+        "with overlap a round asks about a pair for each label",
+        "rlhf_env/training/online.py",
+        "label_schedule(config.comparisons // config.overlap,",
+        "label_schedule(config.comparisons,",
+        f"{ONLINE}::test_each_query_is_put_to_as_many_labelers_as_overlap_says",
     ),
     Mutation(
         "prompts are on both sides of the split",

@@ -148,6 +148,21 @@ def test_hh_prints_baselines_and_bodies_for_any_comparisons(example, tmp_path):
     assert found["longer wins"] == 1 and found["shorter wins"] == 0 and found["linear in"] > 0.9
 
 
+def test_tulu_reads_grades_policies_and_labelers(example, tmp_path):
+    """Ann prefers what is longer, Ben what is good; the word decides otherwise, and everybody says how much."""
+    rows = [
+        {"prompt": f"{i} ", "response_a": "a good one" + " x" * (i % 5), "response_b": "a bad one" + " x" * (i % 4)}
+        | {"preference": grade, "labeller": who, "model_a": "new", "model_b": "old"}
+        for i in range(40)
+        for who, grade in (("ann", 2 if i % 5 >= i % 4 else -2), ("ben", 1))
+    ]
+    (tmp_path / "graded.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = example("reward_models/tulu.py", tmp_path / "graded.jsonl", "--folds", 2)
+    assert lines[0][0] == "80" and [row[0] for row in lines if row and row[0] in ("ann", "ben")] == ["ann", "ben"]
+    assert [row[0] for row in lines if row][3:7] == ["0.0", "0.25", "0.5", "1.0"]
+    assert lines[3][-3:] == ["0.000", "[0.000,", "0.000]"]  # no margin against itself
+
+
 def test_mixed_annotators_rank_by_borda_and_are_told_apart(example):
     lines = example("reward_models/mixed_annotators.py", "--populations", 20, "--each", 40)
     borda, utility = int(lines[0][5]), int(lines[0][9])

@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from rlhf_env.intervals import rate_interval
 from rlhf_env.models.freezing import layers_of
 from rlhf_env.preferences.comparisons import distinct, read_comparisons
-from rlhf_env.preferences.splits import normalised
+from rlhf_env.preferences.splits import folds_by_prompt
 from rlhf_env.records.safe_text import safe_text
 from rlhf_env.reward_models.bradley_terry import (
     HasLogits,
@@ -29,22 +29,11 @@ from rlhf_env.reward_models.bradley_terry import (
 )
 from rlhf_env.reward_models.linear import LengthReward, fit_linear
 from rlhf_env.settings import BradleyTerryConfig
-from rlhf_env.text.prompts import hash_fraction
 from rlhf_env.training.config import NewModelConfig
 from rlhf_env.training.sft import new_model
 from rlhf_env.types import Comparison
 
 Learner = Callable[[Sequence[Comparison]], HasLogits]
-
-
-def folds(comparisons: Sequence[Comparison], count: int) -> Iterator[tuple[list[Comparison], list[Comparison]]]:
-    """What is learned from and what is held out, `count` times; all comparisons of a prompt are in one fold."""
-    fold = [int(count * hash_fraction(normalised(c.prompt), "folds")) for c in comparisons]
-    for k in range(count):
-        yield (
-            [c for c, f in zip(comparisons, fold, strict=True) if f != k],
-            [c for c, f in zip(comparisons, fold, strict=True) if f == k],
-        )
 
 
 def from_nothing(epochs: int) -> Learner:
@@ -100,7 +89,7 @@ def main() -> None:
     print(f"{len(comparisons)} comparisons, held out by prompt in {args.folds} folds")
     for name, learn in learners.items():
         began, right, count, loss = time.perf_counter(), 0.0, 0, 0.0
-        for learned, held_out in folds(comparisons, args.folds):
+        for learned, held_out in folds_by_prompt(comparisons, args.folds):
             measured = measure_comparisons(learn(learned), held_out)
             right, count = right + measured["accuracy"] * len(held_out), count + len(held_out)
             loss += measured["log_loss"] * len(held_out)

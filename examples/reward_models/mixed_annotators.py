@@ -1,6 +1,7 @@
 """What one score makes of people who disagree, and a mixture that finds out who wants what.
 
     python examples/reward_models/mixed_annotators.py
+    python examples/reward_models/mixed_annotators.py --seeds 5      # two groups, five times
 
 First 200 random populations, without any sampling: five responses, three to seven people with utilities of their own,
 every pair compared by everybody, and the scores that minimise the Bradley–Terry loss of the expected labels. Do they
@@ -91,21 +92,22 @@ def reviews_judged(each: int, seed: int) -> list[Comparison]:
     return judged
 
 
-def two_groups(each: int) -> None:
-    learned, held_out = reviews_judged(each, 0), reviews_judged(20, 1)
+def two_groups(each: int, seed: int) -> None:
+    learned, held_out = reviews_judged(each, 2 * seed), reviews_judged(20, 2 * seed + 1)
     config = BradleyTerryConfig(learning_rate=3e-3, epochs=4, batch_size=32)
     with tempfile.TemporaryDirectory() as body:
         texts = [response for c in learned for response in c.responses]
-        new_model(NewModelConfig(tokenizer="word", n_layer=1), texts, 0, "cpu", "float32").save_pretrained(body)
-        one = new_reward_model(body)
-        mixture = new_reward_model(body, head=Groups(("one", "other"), (0.5, 0.5)))
-        for _ in fit_comparisons(one, learned, config):
+        new_model(NewModelConfig(tokenizer="word", n_layer=1), texts, seed, "cpu", "float32").save_pretrained(body)
+        one = new_reward_model(body, seed=seed)
+        mixture = new_reward_model(body, seed=seed, head=Groups(("one", "other"), (0.5, 0.5)))
+        for _ in fit_comparisons(one, learned, config, seed=seed):
             pass
-        *_, members = fit_mixture(mixture, learned, config, rounds=4)
+        *_, members = fit_mixture(mixture, learned, config, rounds=4, seed=seed)
     group = dict(zip(members.labelers, members.posterior.argmax(1), strict=True))
     majority = int(members.weights.argmax())
     alike = sum((group[name] == majority) == (sign == 1) for name, sign in PEOPLE.items())
-    print(f"\nthe mixture puts {alike} of {len(PEOPLE)} people where they belong; shares {members.weights.round(2)}")
+    found = f"{alike} of {len(PEOPLE)} people where they belong; shares {members.weights.round(2)}"
+    print(f"\nseed {seed}: the mixture puts {found}")
     print(f"{'right about held-out pairs of':32} praise  blame")
     own = {sign: Column(mixture, majority if sign == 1 else 1 - majority) for sign in (1, -1)}
     for name, models in (("one score for all", {1: one, -1: one}), ("the mixture's score of the group", own)):
@@ -130,11 +132,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--populations", type=int, default=200)
     parser.add_argument("--each", type=int, default=120, help="comparisons by each person")
+    parser.add_argument("--seeds", type=int, default=1, help="of the two groups")
     args = parser.parse_args()
     borda, utility, best = populations(args.populations)
     print(f"of {args.populations} populations Bradley–Terry ranks {borda} by Borda count, {utility} by mean utility")
     print(f"in {args.populations - best} its best response is not the one of the highest expected utility")
-    two_groups(args.each)
+    for seed in range(args.seeds):
+        two_groups(args.each, seed)
 
 
 if __name__ == "__main__":

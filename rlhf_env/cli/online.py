@@ -11,7 +11,7 @@ import typer
 
 from rlhf_env.cli import settings as cli
 from rlhf_env.cli.pipeline import watch
-from rlhf_env.errors import ConfigError
+from rlhf_env.errors import ConfigError, RemoteError, RewardError
 from rlhf_env.training.config import OnlineConfig
 from rlhf_env.training.interruption import exit_code
 
@@ -45,6 +45,8 @@ def online(
     except KeyboardInterrupt as error:
         print("interrupted; the same command continues it", file=sys.stderr)
         raise typer.Exit(exit_code(error)) from None
+    except (RewardError, RemoteError) as error:
+        raise type(error)(f"{error}; the same command continues it") from error
     print_online(summary, out)
 
 

@@ -191,6 +191,8 @@ def _print_statistics(found: Mapping[str, Any]) -> None:
             }
         )
     if labelers := found["by_labeler"][:_LABELERS_SHOWN]:
+        each = {row["labeler"]: row for row in agreement.get("each", [])}
+        others = [each.get(row["labeler"], {}) for row in labelers]
         metrics_table(
             {
                 "labeler": [row["labeler"] for row in labelers],
@@ -198,6 +200,8 @@ def _print_statistics(found: Mapping[str, Any]) -> None:
                 "ties": [f"{row['ties']:.1%}" if "ties" in row else "–" for row in labelers],
                 "longer preferred (characters)": [_rate("longer_preferred", row) for row in labelers],
                 "first shown preferred": [_rate("first_shown_preferred", row) for row in labelers],
+                "first stored preferred": [_rate("first_stored_preferred", row) for row in labelers],
+                "agrees with others": [interval(row, "agrees_with_others") for row in others],
             }
         )
     if more := len(found["by_labeler"]) - len(labelers):

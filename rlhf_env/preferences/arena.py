@@ -99,7 +99,7 @@ def bradley_terry(
     gauge = np.zeros((x.shape[1], x.shape[1]))
     gauge[: len(players), : len(players)] = 1 / len(players)
     penalty = ridge * np.eye(x.shape[1])
-    theta = _maximum(x, y, penalty, gauge)
+    theta = likeliest_effects(x, y, penalty, gauge)
 
     p = _sigmoid(x @ theta)
     inverse = np.linalg.inv((x.T * (p * (1 - p))) @ x + penalty + gauge)
@@ -225,8 +225,12 @@ def _require_rank(x: Floats, players: int) -> None:
             )
 
 
-def _maximum(x: Floats, y: Floats, penalty: Floats, gauge: Floats) -> Floats:
-    """The θ that maximises Σ [y log σ(xθ) + (1 − y) log σ(−xθ)] − ½ θᵀ penalty θ: Newton steps, halved if it falls."""
+def likeliest_effects(x: Floats, y: Floats, penalty: Floats, gauge: Floats) -> Floats:
+    """The θ [F] that maximises Σ [y log σ(xθ) + (1 − y) log σ(−xθ)] − ½ θᵀ penalty θ, for x [M, F] and y [M] in [0, 1].
+
+    Newton steps, halved where it falls. `gauge` [F, F] makes the Hessian invertible along directions that change
+    nothing. `DataError` where no finite θ is the likeliest.
+    """
     theta = np.zeros(x.shape[1])
 
     def objective(theta: Floats) -> float:

@@ -8,6 +8,7 @@ alone: adding a number to all scores of one member and prompt changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Literal, get_args
 
 import numpy as np
@@ -93,7 +94,7 @@ def select(
         chosen = [(n, *double_thompson(scores[:, n], rng, allowed=may[n])) for n in asked.tolist()]
     elif rule in ACQUISITIONS:
         i, j = np.triu_indices(k, 1)
-        worth = ACQUISITIONS[rule](scores[:, :, i] - scores[:, :, j])  # [N, pairs]
+        worth = ACQUISITIONS[rule](pair_leads(scores)[..., i, j])  # [N, pairs]
         worth = np.where(may[:, i, j], worth, -np.inf)
         best = _argmax(worth, rng)  # [N]
         most = worth[np.arange(prompts), best]
@@ -160,7 +161,7 @@ def label_schedule(total: int, rounds: int, kind: Schedule = "constant", initial
         raise ConfigError(f"there is no schedule {kind!r}: choose one of {', '.join(_SHAPES)}")
     if rounds == 1:
         return [total]
-    first = int(total * initial)
+    first = int(total * Fraction(str(initial)))  # the share as it is written: 0.29 of 100 is 29, not 28.99…
     weight = _SHAPES[kind](np.linspace(0, 1, rounds - 1))
     exact = weight / weight.sum() * (total - first)
     shares = np.floor(exact).astype(int)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -48,6 +48,23 @@ def split_by_prompt(
         held_out.update(min((groups[i] for i in order[1:]), key=len))
     learned = [c for i, c in enumerate(comparisons) if i not in held_out]
     return learned, [c for i, c in enumerate(comparisons) if i in held_out]
+
+
+def folds_by_prompt(
+    comparisons: Sequence[Comparison], count: int
+) -> Iterator[tuple[list[Comparison], list[Comparison]]]:
+    """What is learned from and what is held out, `count` times: every comparison is held out once.
+
+    A hash of the `normalised` prompt says in which fold it is, so all comparisons of a prompt are in one.
+    """
+    if count < 2:
+        raise ConfigError(f"to learn from some folds and measure on another there must be at least 2, not {count}")
+    fold = [int(count * hash_fraction(normalised(c.prompt), "folds")) for c in comparisons]
+    for k in range(count):
+        yield (
+            [c for c, f in zip(comparisons, fold, strict=True) if f != k],
+            [c for c, f in zip(comparisons, fold, strict=True) if f == k],
+        )
 
 
 def split_by_shares(

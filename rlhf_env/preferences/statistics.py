@@ -33,7 +33,8 @@ def describe(comparisons: Sequence[Comparison]) -> dict[str, Any]:
       P(i preferred to j) = σ(b log((1 + length i) / (1 + length j)))
     - `position`: `first_shown_preferred`, where the order is known
     - `first_stored_preferred`: 1, and no bias, where files store the chosen response first, as TRL's do
-    - `by_labeler`, the busiest first: comparisons, rate of ties, longer (in characters) and first shown preferred
+    - `by_labeler`, the busiest first: comparisons, rate of ties; preferred what is longer (in characters), was shown
+      first, is stored first
 
     How far labelers agree says `judged.agreement_report`.
     """
@@ -149,7 +150,8 @@ def _labeler(name: str, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     )
     shown = preferred_rate("first_shown_preferred", comparisons, _shown_earlier)
     ties = {"ties": sum(p == 0.5 for p in preferences) / len(preferences)} if preferences else {}
-    return {"labeler": name, "comparisons": len(comparisons)} | ties | longer | shown
+    stored = preferred_rate("first_stored_preferred", comparisons, lambda c, i, j: 1)
+    return {"labeler": name, "comparisons": len(comparisons)} | ties | longer | shown | stored
 
 
 _Key = tuple[str, str, str, str]  # prompt, one text, the other, of which the first is smaller, and labeler

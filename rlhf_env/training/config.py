@@ -445,16 +445,19 @@ class OnlineConfig:
     eval_prompts: str | None = None  #: file of prompts to evaluate on; none: a share of the prompts is held out for it
     eval_share: float = 0.1  #: that share, of the distinct prompts; at most 128 of them
     rounds: int = 4  #: how often labels are asked for, rewards learned and the policy trained
-    comparisons: int = 400  #: labels to ask for, in all rounds together
+    comparisons: int = 400  #: labels to ask for, in all rounds together; a multiple of overlap
     schedule: Schedule = "constant"  #: how the rounds after the first share what it leaves
     initial: float = 0.25  #: share of the labels that the first round asks for
     pool: int = 256  #: prompts in each round to which responses are written, at most one pair of each is compared
     candidates: int = 4  #: responses to each of these prompts, of which two are compared
     rule: Rule = "bald"  #: what the ensemble goes by when it chooses pairs; the first round has none and is uniform
-    members: int = 3  #: reward models in the ensemble, whose mean is trained on
+    members: int = 3  #: reward models in the ensemble, whose mean is trained on; one alone only with uniform or entropy
     keep: int | None = None  #: learn from this many of the latest comparisons; none: from all
     held_out: float = 0.1  #: share of the comparisons, by prompt, that no member learns from
     labeler: LabelerConfig = field(default_factory=LabelerConfig)  #: how the labeler errs
+    biases: dict[str, float] = field(default_factory=dict)  #: gold per unit of log_words, markdown_marks, sycophancy
+    labelers: tuple[MemberConfig, ...] = ()  #: several who share the queries, in place of the one
+    overlap: int = 1  #: how many of the labelers answer each query
     seed: int = 0  #: of everything
     device: str = "cpu"  #: "cpu", "cuda", "cuda:1", "mps"
     dtype: DType = "float32"  #: precision of the models' weights
@@ -468,6 +471,18 @@ class OnlineConfig:
         _require(self, {"seed": 0, **({} if self.keep is None else {"keep": 2})})
         for name in ("eval_share", "initial", "held_out"):
             _require_share(name, getattr(self, name))
+        who = {name: getattr(self, name) for name in ("gold", "labeler", "biases", "labelers", "overlap")}
+        PreferConfig(policy="", prompts="", **who)  # which says who can label together
+        if self.comparisons % self.overlap:
+            raise ConfigError(
+                f"each query is answered {self.overlap} times, and {self.comparisons} labels cannot be shared so: make "
+                "comparisons a multiple of overlap"
+            )
+        if self.members == 1 and self.rounds > 1 and self.rule not in ("uniform", "entropy"):
+            raise ConfigError(
+                f"{self.rule} goes by what the members disagree on, and one member is an ensemble of its own opinion: "
+                "raise members, or choose the rule uniform or entropy"
+            )
 
 
 def _require_share(name: str, value: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from rlhf_env.training.querying import (
     EnsembleConfig,
     LabelsConfig,
     PoolConfig,
+    labelers_of,
     run_ensemble,
     run_labels,
     run_pool,
@@ -104,26 +105,26 @@ def run_online(config: OnlineConfig, out: str | Path, *, watch: Watch | None = N
 
 def plan(config: OnlineConfig, out: Path) -> list[Stage]:
     """The stages of all rounds in their order, each with its settings."""
-    labels = label_schedule(config.comparisons, config.rounds, config.schedule, config.initial)
-    if labels[0] < 2:
+    pairs = label_schedule(config.comparisons // config.overlap, config.rounds, config.schedule, config.initial)
+    if pairs[0] < 2:
         raise ConfigError(
-            f"the first round has {labels[0]} label, but needs one to learn from and one to measure on: raise "
+            f"the first round asks about {pairs[0]} pair, but needs one to learn from and one to measure on: raise "
             "comparisons or initial"
         )
-    if max(labels) > config.pool:
+    if max(pairs) > config.pool:
         raise ConfigError(
-            f"a round asks for {max(labels)} labels, at most one for each prompt of the pool, which has {config.pool}: "
+            f"a round asks about {max(pairs)} pairs, at most one of each prompt of the pool, which has {config.pool}: "
             "raise pool"
         )
     if "," in str(out):
         raise ConfigError(f"{out} has a comma, which stands between the members of an ensemble: choose another folder")
     stages = []
     for number in range(config.rounds):
-        stages += _round(config, out, number, labels)
+        stages += _round(config, out, number, pairs)
     return stages
 
 
-def _round(config: OnlineConfig, out: Path, number: int, labels: Sequence[int]) -> list[Stage]:
+def _round(config: OnlineConfig, out: Path, number: int, pairs: Sequence[int]) -> list[Stage]:
     """The stages of one round; all before it are what it starts from."""
 
     def at(name: str, of: int = number) -> str:
@@ -154,13 +155,15 @@ def _round(config: OnlineConfig, out: Path, number: int, labels: Sequence[int]) 
     label = LabelsConfig(
         pool=at("pool/pool.jsonl"),
         policy=policy,
-        ensemble=present,
         earlier=earlier,
         gold=config.gold,
         labeler=config.labeler,
+        biases=config.biases,
+        labelers=config.labelers,
+        overlap=config.overlap,
         rule="uniform" if present is None else config.rule,
-        count=labels[number],
-        first=sum(labels[:number]),
+        count=pairs[number],
+        first=sum(pairs[:number]),
         keep=config.keep,
         held_out=config.held_out,
         seed=config.seed,
@@ -222,6 +225,7 @@ def _check_inputs(
     train: TrainConfig = next(stage.config for stage in stages if isinstance(stage.config, TrainConfig))
     check_agent(train)
     require_dashboards(train.log_to)
+    labelers_of(config, cache(load_reward))
     load_reward(config.gold)
     policy = CausalLM.from_pretrained(config.policy, dtype=config.dtype)
     policy.freeze_layers(train.freeze_layers)

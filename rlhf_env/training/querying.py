@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from rlhf_env.errors import DataError
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.preferences.comparisons import read_comparisons, write_comparisons
-from rlhf_env.preferences.labelers import SimulatedLabeler, label_agreement, utilities_of
-from rlhf_env.preferences.queries import Rule, differing, disagreement, select
-from rlhf_env.preferences.reward_metrics import ranked_by
+from rlhf_env.preferences.labelers import label_agreement, utilities_of
+from rlhf_env.preferences.populations import Population
+from rlhf_env.preferences.queries import Rule, differing, disagreement, pair_leads, select
+from rlhf_env.preferences.reward_metrics import measure_logits, ranked_by
 from rlhf_env.preferences.splits import split_by_prompt
 from rlhf_env.records.config import to_dict
 from rlhf_env.records.jsonl import read_jsonl, write_jsonl
@@ -29,11 +31,12 @@ from rlhf_env.settings import LabelerConfig
 from rlhf_env.text.prompts import load_prompts, prompt_indices
 from rlhf_env.training.assemble import parse_device
 from rlhf_env.training.collect import collect
-from rlhf_env.training.config import DType, EnvConfig
+from rlhf_env.training.config import DType, EnvConfig, MemberConfig, OnlineConfig
 from rlhf_env.training.evaluate import response_texts
 from rlhf_env.training.inference import Progress, unscored_envs
+from rlhf_env.training.labelers import build_labelers
 from rlhf_env.training.prefer import ask
-from rlhf_env.types import Comparison
+from rlhf_env.types import Comparison, Labeler
 
 SAMPLING_SEED = 4_000_037  # added to the seed: a pool's responses are those of no other stage
 _SELECTION_STREAM = 9
@@ -63,17 +66,19 @@ class LabelsConfig:
 
     pool: str  #: file of the pool
     policy: str  #: who wrote its responses
-    ensemble: str | None  #: folders of the present reward models, A,B,C; none: there are none yet
     earlier: str | None  #: file of the comparisons before; none: there are none
-    gold: str  #: the labeler's true reward
+    gold: str  #: the labelers' true reward
     labeler: LabelerConfig  #: how the labeler errs
+    biases: dict[str, float]  #: what else it likes
+    labelers: tuple[MemberConfig, ...]  #: several who share the queries, in place of the one
+    overlap: int  #: how many of the labelers answer each query
     rule: Rule  #: how pairs are chosen
-    count: int  #: labels to ask for
-    first: int  #: number of the first query: the labels planned for the rounds before
+    count: int  #: pairs to ask about
+    first: int  #: number of the first query: the pairs planned for the rounds before
     keep: int | None  #: learn from this many of the latest comparisons; none: from all
     held_out: float  #: share of the comparisons, by prompt, that is not learned from
-    seed: int  #: of choice between equals, labeler and hold-out
-    device: str  #: where the reward models are
+    seed: int  #: of choice between equals, labelers and hold-out
+    device: str  #: where gold is, if it is a model
 
 
 @dataclass(frozen=True)
@@ -104,10 +109,6 @@ class Members:
         """The mean of the members' logits, [B]."""
         return self.each(prompts, responses).mean(0)
 
-    def measure(self, comparisons: Sequence[Comparison]) -> dict[str, Any]:
-        """`measure_comparisons` of the mean logit."""
-        return measure_comparisons(self, comparisons)
-
 
 def run_pool(config: PoolConfig, out: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
     """Write `out`/pool.jsonl, a row per prompt: `prompt`, `responses` [K] and, of an ensemble, `logits` [M, K].
@@ -129,15 +130,13 @@ def run_pool(config: PoolConfig, out: str | Path, *, progress: Progress | None =
     rows: list[dict[str, Any]] = [{"prompt": p, "responses": list(r)} for p, r in zip(asked, responses, strict=True)]
     summary: dict[str, Any] = {"prompts": len(rows), "identical": sum(len(set(those)) == 1 for those in responses)}
     if config.ensemble is not None:
-        members = Members.load(config.ensemble, device)
-        logits = members.each(repeated, texts).reshape(-1, len(rows), k).swapaxes(0, 1)  # [N, M, K]
-        rows = [row | {"logits": those.tolist()} for row, those in zip(rows, logits, strict=True)]
+        logits = Members.load(config.ensemble, device).each(repeated, texts).reshape(-1, len(rows), k)  # [M, N, K]
+        rows = [row | {"logits": those.tolist()} for row, those in zip(rows, logits.swapaxes(0, 1), strict=True)]
         i, j = np.triu_indices(k, 1)
-        summary["disagreement"] = float(disagreement((logits[:, :, i] - logits[:, :, j]).swapaxes(0, 1)).mean())
+        summary["disagreement"] = float(disagreement(pair_leads(logits)[..., i, j]).mean())
         truth = utilities_of(load_reward(config.gold, device=device), asked, responses)
         unranked = [Comparison(prompt, those, (0,) * k) for prompt, those in zip(asked, responses, strict=True)]
-        measured = members.measure(ranked_by(unranked, truth))
-        summary |= _named(measured, "accuracy", "accuracy_pool")
+        summary |= _named(measure_logits(ranked_by(unranked, truth), list(logits.mean(0))), "accuracy", "accuracy_pool")
     write_jsonl(out / "pool.jsonl", rows)
     run.write_summary({**summary, "seconds": time.perf_counter() - began})
     return run.summary
@@ -147,26 +146,25 @@ def run_labels(config: LabelsConfig, out: str | Path) -> dict[str, Any]:
     """Choose pairs of the pool, ask for their labels, and measure the present ensemble on them before it learns them.
 
     Leaves comparisons.jsonl, those of this round; all.jsonl, those so far (or the latest `keep`); and learned.jsonl and
-    held_out.jsonl, its two sides. The summary counts what was `planned`, `asked` (there may be too few prompts with
-    responses that differ), `skipped` by the labeler and `kept`.
+    held_out.jsonl, its two sides. The summary counts labels: what was `planned`, `asked` (there may be too few prompts
+    with responses that differ), `skipped` by the labelers and `kept`.
     """
     out = Path(out)
     require_free(out)
     began = time.perf_counter()
     device = parse_device(config.device)
-    gold = load_reward(config.gold, device=device)
-    errors = f"temperature {config.labeler.temperature}, flip rate {config.labeler.flip_rate}, seed {config.seed}"
-    labeler = SimulatedLabeler(gold, config.labeler, seed=config.seed, name=f"simulated: {config.gold}, {errors}")
+    load = cache(partial(load_reward, device=device))
+    gold, labelers = load(config.gold), labelers_of(config, load)
     run = Run.create(out, to_dict(config))
 
     rows = read_jsonl(config.pool, required={"prompt": str, "responses": list})
     responses = [tuple(row["responses"]) for row in rows]
-    unknown = np.zeros((1, len(rows), len(responses[0])))
-    scores = unknown if config.ensemble is None else np.array([row["logits"] for row in rows]).swapaxes(0, 1)
+    logits = np.array([row["logits"] for row in rows]).swapaxes(0, 1) if "logits" in rows[0] else None  # [M, N, K]
+    scores = np.zeros((1, len(rows), len(responses[0]))) if logits is None else logits
     rng = np.random.default_rng([config.seed, config.first, _SELECTION_STREAM])
     chosen = select(config.rule, scores, config.count, rng, differing(responses)).tolist()
     comparisons = ask(
-        labeler,
+        labelers,
         [rows[n]["prompt"] for n, _, _ in chosen],
         [(responses[n][i], responses[n][j]) for n, i, j in chosen],
         range(config.first, config.first + len(chosen)),
@@ -186,19 +184,28 @@ def run_labels(config: LabelsConfig, out: str | Path) -> dict[str, Any]:
         write_comparisons(out / f"{name}.jsonl", those)
     utilities = utilities_of(gold, [c.prompt for c in comparisons], [c.responses for c in comparisons])
     summary: dict[str, Any] = {
-        "planned": config.count,
-        "asked": len(chosen),
-        "skipped": len(chosen) - len(comparisons),
+        "planned": config.count * config.overlap,
+        "asked": (asked := len(chosen) * config.overlap),
+        "skipped": asked - len(comparisons),
         "kept": len(comparisons),
         "comparisons": len(every),
         "held_out": len(held_out),
         **label_agreement(comparisons, utilities),
     }
-    if config.ensemble is not None:
-        measured = Members.load(config.ensemble, device).measure(comparisons)
+    if logits is not None:
+        texts = ((row["prompt"], text) for row in rows for text in row["responses"])
+        known = dict(zip(texts, logits.mean(0).flat, strict=True))
+        said = [np.array([known[c.prompt, text] for text in c.responses]) for c in comparisons]
+        measured = measure_logits(comparisons, said)
         summary |= _named(measured, "accuracy", "accuracy_new_pairs") | {"log_loss_new_pairs": measured["log_loss"]}
     run.write_summary({**summary, "seconds": time.perf_counter() - began})
     return run.summary
+
+
+def labelers_of(config: OnlineConfig | LabelsConfig, load: Callable[[str], Any]) -> Labeler | Population:
+    """Who answers the queries, by the settings; `load` makes a reward model of a name."""
+    one = MemberConfig(labeler=config.labeler, biases=config.biases)
+    return build_labelers(one, config.labelers, config.overlap, gold=config.gold, seed=config.seed, load=load)
 
 
 def run_ensemble(config: EnsembleConfig, out: str | Path) -> dict[str, Any]:
@@ -207,7 +214,7 @@ def run_ensemble(config: EnsembleConfig, out: str | Path) -> dict[str, Any]:
     began = time.perf_counter()
     members, held_out = Members.load(config.ensemble, parse_device(config.device)), read_comparisons(config.comparisons)
     run = Run.create(out, to_dict(config))
-    run.write_summary({**members.measure(held_out), "seconds": time.perf_counter() - began})
+    run.write_summary({**measure_comparisons(members, held_out), "seconds": time.perf_counter() - began})
     return run.summary
 
 

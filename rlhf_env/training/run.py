@@ -108,7 +108,7 @@ def run_training(
             tell(row)
         return row
 
-    tokens, updating, best_of, spent, unmeasured = 0, 0.0, 1, Spent(), None
+    tokens, updating, best_of = 0, 0.0, 1
     before = measure(parts.policy)
     if sb3:
         from rlhf_env.training.sb3 import make_sb3, train_sb3  # a second of imports that ours do not need
@@ -123,14 +123,14 @@ def run_training(
         agent = cls(parts.policy, agent_config(cls, config.settings), seed=config.seed)
         # From here on there is something to keep.
         run = processes.in_first(lambda: Run.open(out) if resume else Run.create(out, to_dict(config)))
-        if resume:
-            spent, unmeasured = _restore(config, run, agent, parts)
-        tokens, best_of = spent.tokens, getattr(agent, "best_of", 1)
-        updating -= unmeasured["seconds"] if unmeasured else 0.0  # which passed before it was resumed
+        standing = _restore(config, run, agent, parts) if resume else _Standing.of(parts, Spent())
+        tokens, best_of = standing.spent.tokens, getattr(agent, "best_of", 1)
+        if standing.unmeasured:
+            updating -= standing.unmeasured["seconds"]  # which passed before it was resumed
         log_to = config.log_to if leads else ()
-        dashboards = open_dashboards(log_to, out, to_dict(config), start=spent.updates)
+        dashboards = open_dashboards(log_to, out, to_dict(config), start=standing.spent.updates)
         with nullcontext() if resume else _no_folder_if_refused(run), dashboards as tell:
-            _train(config, agent, data, parts, spent, unmeasured, run, finish_row, on_update)
+            _train(config, agent, data, parts, standing, run, finish_row, on_update)
         policy = agent.policy
     after = measure(policy, best_of)
     write = _writer(policy, parts)
@@ -198,15 +198,16 @@ def _keep_best(run: Run, row: dict[str, Any], beta: float, write_model: Callable
 
 @dataclass(frozen=True)
 class _Standing:
-    """Where a run stands between two updates, but for what its agent knows. Nothing in it changes afterwards."""
+    """Where a run stands between two updates, but for what its agent knows."""
 
     spent: Spent
-    beta: dict[str, Any]
-    random: Tensor
+    beta: dict[str, Any]  #: of the environments' β
+    random: Tensor  #: state of torch's global generator
+    unmeasured: dict[str, Any] | None = None  #: the last update's row, where its evaluation is still to be made
 
     @classmethod
-    def of(cls, parts: Parts, spent: Spent) -> _Standing:
-        return cls(spent, parts.envs.core.beta_state(), torch.get_rng_state())
+    def of(cls, parts: Parts, spent: Spent, unmeasured: dict[str, Any] | None = None) -> _Standing:
+        return cls(spent, parts.envs.core.beta_state(), torch.get_rng_state(), unmeasured)
 
 
 def _train(
@@ -214,13 +215,12 @@ def _train(
     agent: Any,
     data: Pairs | Rollout | None,
     parts: Parts,
-    spent: Spent,
-    unmeasured: dict[str, Any] | None,
+    standing: _Standing,
     run: Run,
     finish_row: FinishRow,
     on_update: Report | None,
 ) -> None:
-    standing = _Standing.of(parts, spent)
+    spent, unmeasured = standing.spent, standing.unmeasured
     saved = None if unmeasured else spent.updates  # a checkpoint with a row that is not measured is to be replaced
     if data is None:
         rows = train(agent, parts.envs, **config.budget, seed=config.seed, spent=spent)
@@ -233,17 +233,18 @@ def _train(
     def save() -> None:
         nonlocal saved
         if saved != standing.spent.updates:
-            _save(run, agent, parts, standing, unmeasured)
+            _save(run, agent, parts, standing)
             saved = standing.spent.updates
 
     named = _SAMPLED_EPISODE if config.agent in _CHOOSING else _EPISODE
     rows = _naming_prompts(rows, prompt, named, "batch" if data is None else "data")
     try:
         for metrics in chain([unmeasured] if unmeasured else [], rows):
-            row = unmeasured = dict(metrics)
-            standing = _Standing.of(parts, Spent(row["update"], row["episodes"], row["tokens"], row["queries"]))
+            row = dict(metrics)
+            spent = Spent(row["update"], row["episodes"], row["tokens"], row["queries"])
+            standing = _Standing.of(parts, spent, unmeasured=row)
             finish_row(row, lambda: agent.policy)
-            standing, unmeasured = _Standing.of(parts, standing.spent), None
+            standing = _Standing.of(parts, spent)
             try:
                 if config.checkpoint_every and row["update"] % config.checkpoint_every == 0:
                     save()
@@ -292,10 +293,7 @@ def _prompt(agent: Any, data: Pairs | Rollout | None, parts: Parts, seed: int, s
     return task.codec.decode(rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist())
 
 
-def _save(
-    run: Run, agent: Agent | OfflineAgent, parts: Parts, standing: _Standing, unmeasured: dict[str, Any] | None
-) -> None:
-    """A checkpoint; `unmeasured` is the last update's row of metrics, where its evaluation is still to be made."""
+def _save(run: Run, agent: Agent | OfflineAgent, parts: Parts, standing: _Standing) -> None:
     write, (tensors, tree) = _writer(parts.policy, parts), flatten_state(agent.state_dict())
     if processes.rank() > 0:
         return
@@ -307,19 +305,14 @@ def _save(
             "agent": tree,
             "spent": dataclasses.asdict(standing.spent),
             "beta": standing.beta,
-            "unmeasured": unmeasured,
+            "unmeasured": standing.unmeasured,
         },
         write_model=write,
     )
 
 
-def _restore(
-    config: TrainConfig, run: Run, agent: Agent | OfflineAgent, parts: Parts
-) -> tuple[Spent, dict[str, Any] | None]:
-    """Put policy, agent, β and random state back as the newest checkpoint has them; rows logged since are dropped.
-
-    Returns what was spent, and the last update's row where it is still to be measured.
-    """
+def _restore(config: TrainConfig, run: Run, agent: Agent | OfflineAgent, parts: Parts) -> _Standing:
+    """Put policy, agent, β and random state back as the newest checkpoint has them; rows logged since are dropped."""
     path, spent, unmeasured = processes.in_first(lambda: _newest(run)), Spent(), None
     if path is not None:
         checkpoint = load_checkpoint(path)
@@ -331,7 +324,7 @@ def _restore(
         spent, unmeasured = Spent(**checkpoint.state["spent"]), checkpoint.state.get("unmeasured")
     if processes.rank() == 0:
         run.truncate_metrics(spent.updates - (unmeasured is not None))
-    return spent, unmeasured
+    return _Standing.of(parts, spent, unmeasured)
 
 
 def _newest(run: Run) -> Path | None:

@@ -21,7 +21,7 @@ FILE = Path(__file__).parents[2] / "examples" / "online.yaml"
         ),
         (
             [FILE, "--out", "x", "pool=100"],
-            "a round asks for 480 labels, at most one for each prompt of the pool, which",
+            "a round asks about 480 pairs, at most one of each prompt of the pool, which",
         ),
         ([FILE, "--out", "x", "train.updates=2"], "train's budget of 2 updates is that of all rounds together"),
         ([FILE, "--out", "x", "reward.epochs=1"], "the loop's settings: there is no setting reward.epochs"),

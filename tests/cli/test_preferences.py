@@ -150,7 +150,7 @@ def test_statistics_as_a_table_by_hand(command, ranked):
         "longer preferred, in characters": "100.0% (20.7% to 100.0%) of 2",
     }
     assert {key: table[key] for key in expected} == expected
-    assert [row[:3] for row in cells(shown) if len(row) == 5] == [["ann", "1", "0.0%"]]
+    assert [row[:3] for row in cells(shown) if len(row) == 7] == [["ann", "1", "0.0%"]]
 
 
 def test_how_far_labelers_agree_by_hand(command, tmp_path):
@@ -165,6 +165,8 @@ def test_how_far_labelers_agree_by_hand(command, tmp_path):
     between = next(line for line in shown.splitlines() if "ann and bob" in line)
     assert [cell.strip() for cell in between.split("│")][1:-1] == ["ann and bob", "4", "0.500"]
     assert "1/2/0/1 of 4 pairs that several judged" in shown
+    ann = next(row for row in cells(shown) if row[0] == "ann")
+    assert ann[-2:] == ["50.0% (15.0% to 85.0%) of 4", "0.750 [0.301, 0.954]"]  # Wilson's, of 2 and 3 of 4
     found = json.loads(command("preferences", "stats", file, "--json")[1])
     assert found["agreement"]["percent_agreement"] == 0.75
 

@@ -250,6 +250,12 @@ def test_schedules_by_hand(kind, expected):
     assert label_schedule(100, 4, kind) == expected
 
 
+@pytest.mark.parametrize(("total", "initial"), [(100, 0.29), (100, 0.57), (1000, 0.115), (10, 0.7)])
+def test_the_first_round_gets_the_share_that_is_written(total, initial):
+    """0.29 * 100 is 28.999999999999996 in floating point."""
+    assert label_schedule(total, 2, initial=initial)[0] == {0.29: 29, 0.57: 57, 0.115: 115, 0.7: 7}[initial]
+
+
 @pytest.mark.parametrize("kind", ["constant", "hyperbolic", "inverse_quadratic"])
 def test_a_schedule_adds_up_and_does_not_rise_after_the_first(kind):
     for total, rounds, initial in itertools.product((40, 97, 1000), (1, 2, 3, 7), (0.05, 0.1, 0.5)):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_env.errors import ConfigError, DataError
-from rlhf_env.preferences.splits import normalised, split_by_prompt, split_by_shares
+from rlhf_env.preferences.splits import folds_by_prompt, normalised, split_by_prompt, split_by_shares
 from rlhf_env.types import Comparison
 
 
@@ -147,6 +147,17 @@ def test_sides_have_their_shares_as_if_each_prompt_were_drawn(seed):
 def test_shares_that_leave_a_side_nothing(shares):
     with pytest.raises(ConfigError, match="shares must be between 0 and 1, in sum, too, and leave some for train"):
         split_by_shares(comparisons_of(*"abc"), shares)
+
+
+def test_every_comparison_is_held_out_in_one_fold_with_all_of_its_prompt():
+    comparisons = comparisons_of(*range(60)) + comparisons_of(*(f" {i} " for i in range(60)))
+    folds = list(folds_by_prompt(comparisons, 4))
+    assert len(folds) == 4 and sorted((c for _, out in folds for c in out), key=comparisons.index) == comparisons
+    for learned, out in folds:
+        assert len(learned) + len(out) == 120
+        assert {normalised(c.prompt) for c in learned}.isdisjoint(normalised(c.prompt) for c in out)
+    with pytest.raises(ConfigError, match="at least 2, not 1"):
+        next(folds_by_prompt(comparisons, 1))
 
 
 def test_what_is_left_is_called_train():

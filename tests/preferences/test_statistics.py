@@ -194,7 +194,7 @@ def test_each_labeler_has_a_row_the_busiest_first():
     ]
     ann, bob = describe(comparisons)["by_labeler"]
     assert (ann["labeler"], ann["comparisons"], ann["ties"]) == ("ann", 2, 0.5)
-    assert (ann["longer_preferred"], ann["first_shown_preferred"]) == (1, 0)
+    assert (ann["longer_preferred"], ann["first_shown_preferred"], ann["first_stored_preferred"]) == (1, 0, 1)
     assert (bob["labeler"], bob["comparisons"], bob["ties"], bob["longer_preferred"]) == ("bob", 1, 0, 0)
     assert "first_shown_preferred" not in bob
 
@@ -212,6 +212,23 @@ def test_the_longer_reply_is_chosen_in_45_percent_of_hh(shared_data):
     share = length["longer_preferred"] * 1800 / 1807
     assert round(share, 2) == published["length_baseline_accuracy_longer_wins"]["hh_harmless"]
     assert (found["position"], found["first_stored_preferred"]) == ({}, 1)
+
+
+def test_tulus_labelers_are_those_of_the_raw_rows(shared_data):
+    """Counted from the rows themselves: ties, the longer and the first response preferred, of pairs of two texts."""
+    file = shared_data / "preferences" / "tulu_human_eval.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    found = describe(read_comparisons(file))["by_labeler"]
+    assert [(row["labeler"], row["comparisons"]) for row in found[:3]] == [("se", 190), ("yi", 154), ("yo", 137)]
+    for row in found:
+        theirs = [r for r in rows if r["labeller"] == row["labeler"] and r["response_a"] != r["response_b"]]
+        decided = [r for r in theirs if r["preference"] != 0]
+        leads = [(len(r["response_a"]) - len(r["response_b"])) * r["preference"] for r in decided]
+        longer = [lead > 0 for lead in leads if lead]
+        assert row["ties"] == pytest.approx(1 - len(decided) / len(theirs))
+        assert row["longer_preferred"] == pytest.approx(np.mean(longer))
+        assert row["longer_preferred_pairs"] == len(longer)
+        assert row["first_stored_preferred"] == pytest.approx(np.mean([r["preference"] > 0 for r in decided]))
 
 
 def test_the_annotators_of_pandalm(shared_data):

@@ -42,6 +42,24 @@ def test_one_word_that_decides_has_the_weight_of_logistic_regression():
     assert good == pytest.approx(-bad, abs=1e-6)
 
 
+def test_the_preferred_leads_by_a_margin_for_each_unit_of_strength():
+    """Strength 2 at 0.5 logits each: −x σ(1 − d) + λ w = 0 at the optimum, where d = 2 w x."""
+    graded = Comparison("p", ("good", "bad"), (0, 1), strength=2)
+    bad, good = fit_linear([graded], longest=1, l2=0.3, least_count=1, margin=0.5).weights
+    x = math.log(2)
+    assert 0.3 * good == pytest.approx(x / (1 + math.exp(2 * good * x - 1)), abs=1e-5) and good == pytest.approx(-bad)
+    plain = fit_linear([pair("good", "bad")], longest=1, l2=0.3, least_count=1).weights
+    assert good > plain[1] > 0
+    np.testing.assert_array_equal(fit_linear([graded], longest=1, l2=0.3, least_count=1).weights, plain)
+
+
+def test_a_margin_needs_strengths_and_a_sign():
+    with pytest.raises(DataError, match="in units of a comparison's strength, and of these comparisons none has one"):
+        fit_linear([pair("good", "bad")], least_count=1, margin=0.5)
+    with pytest.raises(ConfigError, match="the margin must be at least 0, it is -1"):
+        fit_linear([pair("good", "bad")], least_count=1, margin=-1)
+
+
 def test_the_gradient_is_zero_where_it_ends_rankings_and_ties_included():
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(["a", "b", "c", "d"], 5)) for _ in range(60)]

@@ -17,8 +17,9 @@ from rlhf_env.preferences.comparisons import read_comparisons
 from rlhf_env.preferences.queries import select
 from rlhf_env.records.run import Run
 from rlhf_env.reward_models import ClassifierReward
+from rlhf_env.settings import LabelerConfig
 from rlhf_env.training import querying
-from rlhf_env.training.config import EnvConfig, OnlineConfig, TrainConfig
+from rlhf_env.training.config import EnvConfig, MemberConfig, OnlineConfig, TrainConfig
 from rlhf_env.training.online import plan, round_cells, run_online
 from tests.builders import letter_score
 from tests.tiny_files import write_letter_files
@@ -74,7 +75,7 @@ def test_each_round_starts_from_what_the_last_one_left(config):
     pool, labels, first, second, ensemble, train = (stages[f"round-1/{name}"] for name in STAGES)
     present = "out/round-0/reward-0/model,out/round-0/reward-1/model"
     assert pool.policy == labels.policy == train.policy == "out/round-0/train/model"
-    assert pool.ensemble == labels.ensemble == present
+    assert pool.ensemble == present
     assert (labels.pool, labels.earlier) == ("out/round-1/pool/pool.jsonl", "out/round-0/labels/all.jsonl")
     assert {m.comparisons for m in (first, second)} == {"out/round-1/labels/learned.jsonl"}
     assert (
@@ -103,15 +104,15 @@ def test_every_member_and_round_has_random_numbers_of_its_own(config):
     learned = [s.config for s in plan(config, Path("out")) if "/reward-" in s.name or s.name.endswith("/train")]
     assert len({each.seed for each in learned}) == len(learned) == 6
     assert all(each.bagging for each in learned if not isinstance(each, TrainConfig))
-    alone = [s.config for s in plan(replace(config, members=1), Path("out")) if "/reward-" in s.name]
+    alone = [s.config for s in plan(replace(config, members=1, rule="entropy"), Path("out")) if "/reward-" in s.name]
     assert len(alone) == 2 and not any(each.bagging for each in alone)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pool": 14}, "asks for 15 labels, at most one for each prompt of the pool, which has 14: raise pool"),
-        ({"initial": 0.04}, "the first round has 1 label, but needs one to learn from and one to measure on"),
+        ({"pool": 14}, "asks about 15 pairs, at most one of each prompt of the pool, which has 14: raise pool"),
+        ({"initial": 0.04}, "the first round asks about 1 pair, but needs one to learn from and one to measure on"),
         ({"rounds": 20}, "leave a round without any"),
         ({"train": {"updates": 1}}, "train's budget of 1 updates is that of all rounds together, and there are 2"),
         (
@@ -133,6 +134,9 @@ def test_a_plan_that_cannot_be_is_refused(config, change, message):
     ("change", "error", "message"),
     [
         ({"gold": "vadr"}, ConfigError, "unknown reward model 'vadr'"),
+        ({"biases": {"log_word": 1.0}}, ConfigError, "'log_word' is no bias: choose among log_words"),
+        ({"labelers": (MemberConfig(gold="vadr"),)}, ConfigError, "unknown reward model 'vadr'"),
+        ({"labelers": (MemberConfig(weight=0.0),)}, ConfigError, "weights of labelers must be"),
         ({"policy": "./nowhere"}, ConfigError, "there is no folder ./nowhere"),
         ({"prompts": "none.txt"}, DataError, r"none\.txt: No such file"),
         ({"device": "abacus"}, ConfigError, "device 'abacus' cannot be used"),
@@ -154,6 +158,27 @@ def test_what_is_wrong_shows_before_anything_is_written(config, change, error, m
 def test_settings_have_limits(config, change):
     with pytest.raises(ConfigError, match=f"{next(iter(change))} must be"):
         replace(config, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labelers": (MemberConfig(),), "biases": {"log_words": 1.0}}, "one labeler .* or several"),
+        ({"overlap": 2}, "overlap is 2, but there are 1 labelers"),
+        ({"labelers": (MemberConfig(),) * 4, "overlap": 4}, "answered 4 times, and 30 labels .* multiple of overlap"),
+    ],
+)
+def test_who_cannot_label_together_is_refused(config, change, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(config, **change)
+
+
+@pytest.mark.parametrize("rule", ["disagreement", "bald", "double_thompson"])
+def test_one_member_has_nobody_to_disagree_with(config, rule):
+    with pytest.raises(ConfigError, match=f"{rule} goes by what the members disagree on, .*: raise members, or choose"):
+        replace(config, members=1, rule=rule)
+    assert replace(config, members=1, rule=rule, rounds=1).members == 1  # the only round has no ensemble to ask
+    assert replace(config, members=1, rule="entropy").members == 1  # how sure one is needs no other
 
 
 def test_a_comma_in_the_folder_would_divide_the_ensemble(config):
@@ -212,6 +237,26 @@ def test_the_ensemble_is_measured_on_new_pairs_before_it_learns_them(straight):
         loss, rel=1e-4
     )
     assert row["accuracy_new_pairs_low"] < right < row["accuracy_new_pairs_high"]
+
+
+def test_members_are_asked_once_about_what_is_in_the_pool(config, straight, tmp_path, monkeypatch):
+    """Choosing pairs, and measuring the ensemble on the pool and on new pairs, needs the logits of the pool alone."""
+    asked = []
+
+    def each(self, prompts, responses):
+        asked.append(len(responses))
+        return np.array([[len(text) * (m + 1) for text in responses] for m in range(2)], dtype=float)
+
+    monkeypatch.setattr(querying.Members, "each", each)
+    stages = {stage.name: stage.config for stage in plan(config, straight.path)}
+    pool = querying.run_pool(stages["round-1/pool"], tmp_path / "pool")
+    labels = replace(stages["round-1/labels"], pool=str(tmp_path / "pool/pool.jsonl"))
+    summary = querying.run_labels(labels, tmp_path / "labels")
+    assert asked == [18 * 3] and 0 <= pool["accuracy_pool"] <= 1
+    new = read_comparisons(tmp_path / "labels/comparisons.jsonl")
+    lead = np.array([(len(c.responses[0]) - len(c.responses[1])) * (c.ranks[1] - c.ranks[0]) for c in new])
+    assert summary["accuracy_new_pairs"] == pytest.approx(np.mean(0.5 + 0.5 * np.sign(lead)))
+    assert summary["log_loss_new_pairs"] == pytest.approx(np.mean(np.log1p(np.exp(-1.5 * lead))))  # of the mean logit
 
 
 def test_the_accuracy_on_the_pool_is_that_of_all_pairs_by_gold(straight):
@@ -292,6 +337,41 @@ def test_a_label_that_is_not_given_is_counted_as_asked_and_not_kept(config, stra
         querying.run_labels(stage.config, tmp_path / "none")
 
 
+SHORT = MemberConfig(weight=3.0, biases={"log_words": -1.0}, labeler=LabelerConfig(temperature=0.0))
+CONTRARY = MemberConfig(gold="tests.builders:letter_score", labeler=LabelerConfig(temperature=0.0, flip_rate=1.0))
+
+
+def test_each_query_is_put_to_as_many_labelers_as_overlap_says(config, straight, tmp_path):
+    """30 labels by two each are 15 pairs: 7 in the first round, 8 in the second."""
+    several = replace(config, labelers=(SHORT, CONTRARY, MemberConfig()), overlap=2)
+    first, second = (s.config for s in plan(several, straight.path) if s.name.endswith("/labels"))
+    assert (first.count, first.first, second.count, second.first) == (7, 0, 8, 7)
+    summary = querying.run_labels(first, tmp_path / "labels")
+    assert (summary["planned"], summary["asked"], summary["skipped"], summary["kept"]) == (14, 14, 0, 14)
+    comparisons = read_comparisons(tmp_path / "labels/comparisons.jsonl")
+    for one, other in zip(comparisons[::2], comparisons[1::2], strict=True):
+        assert (one.prompt, one.responses, one.order) == (other.prompt, other.responses, other.order)
+        assert one.labeler != other.labeler
+    theirs = [c for c in comparisons if c.labeler.startswith("1 ")]
+    assert theirs and all("flip rate 1.0" in c.labeler for c in theirs)
+    for c in theirs:  # the contrary one prefers, always, what gold does not
+        gold = letter_score([c.prompt] * 2, list(c.responses))
+        assert np.sign(gold[1] - gold[0]) == -np.sign(c.ranks[0] - c.ranks[1])
+
+
+def test_who_labels_is_what_prefer_makes_of_the_same_settings(config, straight, tmp_path):
+    """By name, which says gold, biases, errors and seed; and a bias against words reaches the answers."""
+    biased = replace(config, biases={"log_words": -9.0}, labeler=LabelerConfig(temperature=0.0))
+    stage = next(s.config for s in plan(biased, straight.path) if s.name == "round-0/labels")
+    querying.run_labels(stage, tmp_path / "labels")
+    comparisons = read_comparisons(tmp_path / "labels/comparisons.jsonl")
+    wanted = "simulated: tests.builders:letter_score -9.0 log_words, temperature 0.0, flip rate 0.0, seed 0"
+    assert {c.labeler for c in comparisons} == {wanted}
+    words = [[len(r.split()) for r in c.responses] for c in comparisons]
+    decided = [(c, n) for c, n in zip(comparisons, words, strict=True) if n[0] != n[1]]
+    assert all((n[0] < n[1]) == (c.ranks[0] < c.ranks[1]) for c, n in decided)
+
+
 def test_prompts_with_one_text_only_are_not_asked_about(config, straight, tmp_path):
     stage = next(s for s in plan(config, straight.path) if s.name == "round-0/labels")
     rows = rows_of(straight.path / "round-0/pool/pool.jsonl")
@@ -361,7 +441,7 @@ def test_a_finished_loop_is_not_done_again_and_may_stand_elsewhere(config, strai
             r"round-1/labels was begun with another rule; .* delete \S*/round-1/labels \S*/round-1/r",
         ),
         ({"comparisons": 31}, "round-1/labels was begun with another count"),
-        ({"members": 1}, "holds round-0/reward-1, which these settings leave out"),
+        ({"members": 1, "rule": "uniform"}, "holds round-0/reward-1, which these settings leave out"),
         ({"rounds": 1, "comparisons": 15}, "holds round-1/ensemble, which these settings leave out"),
         ({"seed": 1}, "round-0/pool was begun with another seed"),
     ],

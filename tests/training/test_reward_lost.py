@@ -266,6 +266,15 @@ def test_a_server_that_is_away_from_the_start_leaves_no_folder(tmp_path, command
     assert "to continue" not in err and not (tmp_path / "run").exists()
 
 
+def test_an_online_loop_says_how_it_goes_on(monkeypatch, tmp_path, command):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RewardError("the reward model's scores are not finite")
+
+    monkeypatch.setattr("rlhf_env.training.online.run_online", fail)
+    code, _, err = command("online", "examples/online.yaml", "--out", tmp_path / "out")
+    assert code == 1 and err.splitlines()[-1].endswith("are not finite; the same command continues it")
+
+
 def test_a_pipeline_says_how_it_goes_on(monkeypatch, tmp_path):
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RemoteError("http://host/score answered with status 500")
