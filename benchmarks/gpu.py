@@ -30,6 +30,7 @@ from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.sampling import sample_responses
 from rlhf_env.models.tiny import tiny_config
 from rlhf_env.text.tokenizers import word_tokenizer
+from rlhf_env.training.collect import collect
 from rlhf_env.training.loop import train
 from rlhf_env.types import SamplingLaw
 
@@ -45,6 +46,13 @@ def on_the_wall(work: Any, device: torch.device) -> Cost:
         return time.perf_counter() - began
 
     return cost
+
+
+def products(device: torch.device, dtype: str, size: int = 8192) -> float:
+    """Operations per second of a product of two square matrices."""
+    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    cost = on_the_wall(lambda: torch.mm(a, b), device)
+    return 2 * size**3 / min(cost() for _ in range(10))
 
 
 def main() -> None:
@@ -94,6 +102,7 @@ def main() -> None:
     grouped = GRPOConfig(**usual, epochs=4, minibatches=4, group_size=8, kl="k3")
     name, agent = ("GRPO", GRPO(policy, grouped)) if args.trl else ("PPO", PPO(policy, PPOConfig(**usual)))
     updates = train(agent, envs, updates=10**6)
+    rollout = collect(policy, envs, episodes=batch)
     contestants: dict[str, Cost] = {
         who: on_the_wall(work, device)
         for who, work in {
@@ -101,6 +110,7 @@ def main() -> None:
             "sampling, steps not replayed": step_by_step,
             "sampling by `generate`": generate,
             name: lambda: next(updates),
+            f"{name}'s update alone": lambda: agent.update(rollout),
         }.items()
     }
     count = sum(p.numel() for p in policy.model.parameters())
@@ -113,10 +123,16 @@ def main() -> None:
             more = ("--device", args.device, "--dtype", args.dtype)
             contestants["TRL's GRPO"] = Peer(Path(sys.executable), "grpo", Path(folder), tokens, *more)
         table("", "seconds", "tokens per second", "time")
-        for who, (middle, ratio) in take_turns(contestants, args.rounds).items():
+        found = take_turns(contestants, args.rounds)
+        for who, (middle, ratio) in found.items():
             row(who, f"{middle:.3f}", f"{batch * tokens / middle:,.0f}", f"{ratio:.2f}")
+        operations = 4 * 6 * count * batch * (PROMPT + tokens)  # four passes, 6 for each weight and token
+        rate = operations / found[f"{name}'s update alone"][0]
+        print(
+            f"\nin the update: {rate / 1e12:.1f} TFLOP/s, of {products(device, args.dtype) / 1e12:.1f} in products of 8192"
+        )
         if device.type == "cuda":
-            print(f"\npeak memory: {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB", end="")
+            print(f"peak memory: {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB", end="")
             if isinstance(peer := contestants.get("TRL's GRPO"), Peer):
                 print(f"; TRL's GRPO {peer.peak() / 1e3:.1f} GB", end="")
             print()
