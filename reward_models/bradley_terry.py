@@ -42,6 +42,7 @@ from rlhf_env.types import Comparison
 __all__ = ["BradleyTerryConfig", "fit_comparisons", "measure_comparisons", "new_reward_model", "usable"]
 
 _STRIDE = 30  # Adam's steps are of the learning rate's size, and a number that ties depend on has a longer way to go
+_RAREST = -30.0  # log of what is learned of ties at the least: without ties it would fall for ever, until its log is −∞
 
 
 def new_reward_model(
@@ -209,7 +210,7 @@ class TieParameter:
     def value(self) -> Tensor | float:
         """ν or θ, with gradient where it is learned."""
         if self.parameters:
-            return self._least + (_STRIDE * self.parameters[0]).exp()
+            return self._least + (_STRIDE * self.parameters[0]).clamp(min=_RAREST).exp()
         return self._least if self._given is None else self._given
 
     @property
