@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from rlhf_env.settings import BradleyTerryConfig
 from rlhf_env.types import Comparison
 
 _STREAM = 11
+_TAKES = ("loss", "margin", "label_smoothing", "flip_rate", "center", "l2")
+_LEAST = 0.5  # of a labeler in a group that is not empty
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,11 @@ def responsibilities(log_likelihood: Tensor, weights: Tensor) -> tuple[Tensor, T
     return joint.softmax(-1), joint.logsumexp(-1)
 
 
-def annotators(comparisons: Sequence[Comparison], aggregate: str = "min") -> Groups:
+def annotators(comparisons: Sequence[Comparison], aggregate: Literal["min", "mean"] = "min") -> Groups:
     """The head with a logit for each labeler, who weighs as much as the judgements that are theirs."""
-    names, counts = np.unique([c.labeler for c in comparisons], return_counts=True)
-    if "" in names:
-        raise DataError("a model for each labeler needs comparisons that say who judged; some do not")
-    return Groups(tuple(names.tolist()), tuple((counts / counts.sum()).tolist()), aggregate)  # type: ignore[arg-type]
+    names, of = _who(comparisons)
+    shares = np.bincount(of) / len(of)
+    return Groups(tuple(names.tolist()), tuple(shares.tolist()), aggregate)
 
 
 def fit_annotators(
@@ -86,16 +88,22 @@ def fit_mixture(
     belongs to the group, and then asks anew where labelers belong. At first all learn alike, and the labelers are split
     by how well that one score predicts them, so that those whom it serves badly begin together. What is learned from
     is half of what each labeler said, and what is asked is the other half: a network learns the judgements of
-    whom it is given by heart, and would find every guess confirmed. At last it learns from all. Comparisons without a
-    labeler are each a labeler of their own. Like every mixture it may end in a local optimum: compare the
-    `log_likelihood` of several seeds. The head keeps the groups' weights.
+    whom it is given by heart, and would find every guess confirmed. At last it learns from all. Like every mixture it
+    may end in a local optimum: compare the `log_likelihood` of several seeds. The head keeps the groups' weights.
+
+    Raises `DataError` where comparisons do not say who judged, where fewer labelers than there are groups judged twice
+    (of whom judged once nothing is left to ask, and their group stays a guess), and where a group comes out empty: its
+    logit would have learned nothing, and be the least of all where it is noise.
     """
     require_learnable(comparisons, config)
+    require_taken(config, "a model of groups", _TAKES)
     if rounds < 1:
         raise ConfigError(f"rounds must be at least 1, got {rounds}")
     head = _groups(reward)
-    who = [c.labeler or f"#{i}" for i, c in enumerate(comparisons)]
-    labelers, of = np.unique(who, return_inverse=True)
+    count = len(head.names)
+    labelers, of = _who(comparisons)
+    if (often := int((np.bincount(of) > 1).sum())) < count:
+        raise DataError(f"{count} groups are found among at least {count} labelers who judged twice; these are {often}")
     order = np.random.default_rng([seed, _STREAM]).permutation(len(of))
     order = order[np.argsort(of[order], kind="stable")]
     learned, asked = order[::2], order[1::2]  # about half of what each labeler said
@@ -110,21 +118,31 @@ def fit_mixture(
         np.add.at(found, of[asked], -costs)
         return found
 
-    count = len(head.names)
-    alike = said(np.full((len(labelers), count), 1 / count), 0).mean(1)
-    common = alike / np.bincount(of[asked], minlength=len(labelers)).clip(1)
-    posterior = np.eye(count)[np.argsort(np.argsort(common)) * count // len(labelers)]
+    posterior = np.full((len(labelers), count), 1 / count)
+    answers = np.bincount(of[asked], minlength=len(labelers))
+    common = (said(posterior, 0).mean(1) / answers.clip(1))[answers > 0]
+    posterior[answers > 0] = np.eye(count)[np.argsort(np.argsort(common)) * count // len(common)]
     for number in range(1, rounds + 1):
         found, likelihood = responsibilities(
             torch.from_numpy(said(posterior, number)), torch.from_numpy(posterior.mean(0))
         )
         posterior = found.numpy()
+        if (empty := posterior.sum(0) < _LEAST).any():
+            name = head.names[int(empty.argmax())]
+            raise DataError(f"after round {number} no labeler is left in the group {name}: take fewer, or another seed")
         weights = posterior.mean(0) / posterior.mean(0).sum()
         reward.head = replace(head, weights=tuple(weights.tolist()))
         if number == rounds:
             for _ in _fit_weighted(reward, comparisons, posterior[of], config, seed + rounds + 1):
                 pass
         yield Membership(tuple(labelers.tolist()), posterior, weights, float(likelihood.sum()))
+
+
+def _who(comparisons: Sequence[Comparison]) -> tuple[NDArray[np.str_], NDArray[np.int64]]:
+    """The names of the labelers, and the number of the one who made each comparison."""
+    if not all(c.labeler for c in comparisons):
+        raise DataError("scores of labelers or of groups need comparisons that say who judged; some do not")
+    return np.unique([c.labeler for c in comparisons], return_inverse=True)
 
 
 def _groups(reward: ClassifierReward) -> Groups:
@@ -142,8 +160,7 @@ def _fit_weighted(
 ) -> Iterator[dict[str, float]]:
     """Minimise the mean over comparisons of Σ_g belongs[c, g] · cost under g; `belongs` [N, G]."""
     require_learnable(comparisons, config)
-    takes = ("loss", "margin", "label_smoothing", "flip_rate", "center", "l2")
-    require_taken(config, "a model of groups", takes)
+    require_taken(config, "a model of groups", _TAKES)
     rows, table = [rows_of(reward, c) for c in comparisons], torch.from_numpy(belongs.astype(np.float64))
 
     def loss_of(batch: list[int]) -> tuple[Tensor, dict[str, float]]:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,6 +161,46 @@ def test_what_groups_cannot_learn_from(body):
         with torch.no_grad():
             reward.model.score.weight.zero_()
         reward.normalize_on(["p"] * 2, ["good", "bad"])
+
+
+def test_labelers_who_cannot_be_told_apart_make_no_mixture(body):
+    """Of whom judged once, nothing is left to ask; and a group without people would score by an untrained logit."""
+    one = [replace(c, labeler="ann") for c in judged()]
+    once = [replace(c, labeler=f"{i}") for i, c in enumerate(judged())]
+    for those, message in (
+        ([replace(c, labeler="") for c in one], "say who judged"),
+        (one, "2 groups are found among at least 2 labelers who judged twice; these are 1"),
+        (once, "these are 0"),
+    ):
+        with pytest.raises(DataError, match=message):
+            next(fit_mixture(new_reward_model(body, head=TWO), those, FAST))
+
+
+def test_a_group_that_nobody_is_left_in_is_an_error(body, monkeypatch):
+    """Everything that anybody says is likelier under the first group."""
+    monkeypatch.setattr(
+        "rlhf_env.reward_models.groups._costs", lambda reward, those, config: np.tile([0.0, 9.0], (len(those), 1))
+    )
+    with pytest.raises(DataError, match="after round 1 no labeler is left in the group b"):
+        next(fit_mixture(new_reward_model(body, head=TWO), judged(), replace(FAST, epochs=1)))
+
+
+def test_whoever_judged_once_starts_in_no_group(body, monkeypatch):
+    """They are learned from by both alike; those who can be asked are split in two halves."""
+    begun = []
+
+    def learn(reward, comparisons, belongs, config, seed):
+        begun.append({c.labeler: tuple(row) for c, row in zip(comparisons, belongs, strict=True)})
+        return iter(())
+
+    monkeypatch.setattr("rlhf_env.reward_models.groups._fit_weighted", learn)
+    guests = [replace(c, labeler=f"guest {i}") for i, c in enumerate(judged(2)[:6])]
+    next(fit_mixture(new_reward_model(body, head=TWO), judged() + guests, FAST, rounds=2))
+    shares = begun[1]
+    assert {share for name, share in shares.items() if name.startswith("guest")} <= {(0.5, 0.5), (1.0, 0.0), (0.0, 1.0)}
+    asked = [share for name, share in shares.items() if not name.startswith("guest")]
+    assert set(asked) == {(1.0, 0.0), (0.0, 1.0)}
+    assert any(share == (0.5, 0.5) for share in shares.values())
 
 
 def test_a_body_that_had_groups_starts_anew(body, tmp_path):
