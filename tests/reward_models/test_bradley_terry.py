@@ -17,8 +17,8 @@ from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.tiny import tiny_config
 from rlhf_env.reward_models import ClassifierReward, load_reward
 from rlhf_env.reward_models.bradley_terry import (
-    TieParameter,
     BradleyTerryConfig,
+    TieParameter,
     fit_comparisons,
     measure_comparisons,
     new_reward_model,
