@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_env.errors import ConfigError, RewardError
-from rlhf_env.reward_models.heads import head_of, stored
+from rlhf_env.reward_models.heads import Groups, head_of, stored
 from rlhf_env.reward_models.normalise import moments
 
 
@@ -27,7 +27,7 @@ class ClassifierReward:
     response as one text, `of="response"` the response alone. Texts longer than `max_length` tokens lose their
     beginning. A model that `save_pretrained` wrote keeps `of`, `max_length`, mean and std in its config.json; where
     nothing is said, these are "text", what model and tokenizer allow, 0 and 1. One of the `heads` may make the logit
-    of several; config.json says which.
+    of several; config.json says which. Of the head `Groups` the `label` chooses one group, with a mean and std of its own.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class ClassifierReward:
         self.tokenizer = tokenizer
         tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
         self.head = head_of(model.config)
-        self.label = _label_index(model.config, label) if self.head is None else None
-        if self.head is not None and label is not None:
+        if label is not None and not isinstance(self.head, Groups | None):
             raise ConfigError(f"all logits of this reward model make its score: leave out the label {label!r}")
+        self.label = None if self.head is not None and label is None else _label_index(model.config, label)
         self.of = of or getattr(model.config, "reward_of", "text")
         if self.of not in ("text", "response"):
             raise ConfigError(f"of must be 'text' or 'response', got {self.of!r}")
@@ -90,11 +90,15 @@ class ClassifierReward:
     @property
     def mean(self) -> float:
         """The logit that scores 0."""
+        if isinstance(self.head, Groups) and self.label is not None:
+            return self.head.means[self.label] if self.head.means else 0.0
         return getattr(self.model.config, "reward_mean", 0.0)
 
     @property
     def std(self) -> float:
         """How many units of the logit are one unit of the score."""
+        if isinstance(self.head, Groups) and self.label is not None:
+            return self.head.stds[self.label] if self.head.stds else 1.0
         return getattr(self.model.config, "reward_std", 1.0)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
@@ -129,7 +133,21 @@ class ClassifierReward:
 
     def reduce(self, logits: Tensor) -> Tensor:
         """The one number that is made of a text's logits, [B, L] → [B]: one of them, or what the head says."""
-        return logits[:, self.label] if self.head is None else self.head.reduce(logits)
+        if self.label is not None:
+            return logits[:, self.label]
+        assert self.head is not None
+        return self.head.reduce(logits)
+
+    def log_odds(self, first: Tensor, second: Tensor) -> Tensor | None:
+        """log [P(first preferred) / P(second preferred)] from all logits [P, L] of each, [P]; None where it says none.
+
+        A classifier without a head that has one logit is taken for a Bradley–Terry model; of several logits without a
+        head nobody says that one is a preference.
+        """
+        if self.head is not None and self.label is None:
+            return self.head.log_odds(first, second)
+        known = self.head is not None or self.model.config.num_labels == 1
+        return (first - second)[:, self.label] if known else None
 
     def forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Logits [B] of rows of token ids, with gradient."""
@@ -154,13 +172,16 @@ class ClassifierReward:
         if self.head is not None and len(every) > 1 and np.isfinite(every).all():
             self.head = self.head.settled(torch.from_numpy(every))
         mean, std = moments(self.reduce(torch.from_numpy(every)).numpy(), "logit")
-        self.model.config.update({"reward_mean": mean, "reward_std": std})
+        if self.head is None or self.label is None:  # else they are that group's, which its head has
+            self.model.config.update({"reward_mean": mean, "reward_std": std})
         return mean, std
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face folder (safetensors, tokenizer), mean and std in its config.json."""
-        told = {"mean": self.mean, "std": self.std, "of": self.of, "max_length": self.max_length}
-        self.model.config.update({f"reward_{name}": value for name, value in told.items()} | stored(self.head))
+        told = {"reward_of": self.of, "reward_max_length": self.max_length}
+        if self.head is None or self.label is None:
+            told |= {"reward_mean": self.mean, "reward_std": self.std}
+        self.model.config.update(told | stored(self.head))
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 

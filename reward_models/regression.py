@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from rlhf_env.errors import DataError
+from rlhf_env.errors import ConfigError, DataError
 from rlhf_env.records.jsonl import require_keys
 from rlhf_env.reward_models.classifier import ClassifierReward
+from rlhf_env.reward_models.heads import Rated
 from rlhf_env.reward_models.learning import learn, require_taken
 from rlhf_env.reward_models.normalise import moments
 from rlhf_env.settings import BradleyTerryConfig
@@ -55,8 +56,11 @@ def fit_ratings(
 ) -> Iterator[dict[str, float]]:
     """Minimise the mean (logit − standardised rating)²; yields metrics per step, `batch_size` being ratings.
 
+    `reward` has the head `Rated`, so that nobody takes its logit for one of preferences.
     Afterwards `score` is in the unit of the ratings, until it is normalised on something else.
     """
+    if not isinstance(reward.head, Rated):
+        raise ConfigError("a model of ratings has the head Rated: new_reward_model(body, head=Rated())")
     require_taken(config, "a model of ratings", ("l2",))
     numbers = np.array([r.rating for r in ratings], dtype=np.float64)
     if len(numbers) < 2 or numbers.std() == 0:

@@ -106,8 +106,36 @@ def test_groups_are_compared_on_one_scale_saved_and_the_same_in_a_new_process(bo
     )
     said = subprocess.run([sys.executable, "-c", code, tmp_path, *texts], check=True, capture_output=True, text=True)
     assert said.stdout.split() == [x.hex() for x in reward.score(["p "] * 4, texts).tolist()]
-    with pytest.raises(ConfigError, match="leave out the label 'a'"):
-        load_reward(f"{tmp_path}:a")
+
+
+def test_one_group_alone_in_its_own_unit_and_nothing_is_lost_by_saving_it(body, tmp_path):
+    texts = ["good", "a bad one", "", "so so, but the music"]
+    reward = new_reward_model(body, head=Groups(("ann", "user:7"), (0.5, 0.5)))
+    each = reward.all_logits(["p "] * 4, texts)
+    reward.save_pretrained(tmp_path / "raw")
+    np.testing.assert_allclose(load_reward(f"{tmp_path / 'raw'}:ann").score(["p "] * 4, texts), each[:, 0], rtol=1e-12)
+    reward.normalize_on(["p "] * 4, texts)
+    reward.save_pretrained(tmp_path / "all")
+    for number, name in enumerate(reward.head.names):
+        alone = load_reward(f"{tmp_path / 'all'}:{name}")
+        column = each[:, number]
+        np.testing.assert_allclose(alone.score(["p "] * 4, texts), (column - column.mean()) / column.std(), atol=1e-9)
+        alone.save_pretrained(tmp_path / "again")
+        again = load_reward(str(tmp_path / "again"))
+        np.testing.assert_allclose(again.score(["p "] * 4, texts), reward.score(["p "] * 4, texts), rtol=1e-12)
+        mean, std = alone.normalize_on(["p "] * 3, texts[:3])
+        assert (mean, std) == (alone.mean, alone.std) == pytest.approx((column[:3].mean(), column[:3].std()))
+    with pytest.raises(ConfigError, match="ben"):
+        load_reward(f"{tmp_path / 'all'}:ben")
+
+
+def test_the_probability_that_groups_state_is_that_of_somebody_drawn_by_weight():
+    """¾ σ(log 3) + ¼ σ(−log 4) = ¾ · ¾ + ¼ · 1/5 = 0.6125, whatever unit the groups are compared in."""
+    first, second = torch.tensor([[math.log(3), 0.0]]), torch.tensor([[0.0, math.log(4)]])
+    odds = Groups(("a", "b"), (0.75, 0.25), means=(1.0, 2.0), stds=(3.0, 4.0)).log_odds(first, second)
+    assert odds.sigmoid().item() == pytest.approx(0.6125)
+    alone = Groups(("a", "b"), (1.0, 0.0)).log_odds(first, second)
+    assert alone.item() == pytest.approx(math.log(3))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
