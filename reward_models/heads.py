@@ -111,6 +111,40 @@ class Rated:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """A logit for each step of a response: how probably it is right. The score is made of these probabilities.
+
+    Their product is the probability that every step is right (Lightman et al. 2023, arXiv 2305.20050, §2.6), which is
+    smaller the more steps there are; the least of them is not.
+    """
+
+    aggregate: Literal["product", "min", "last"] = "product"  #: of the steps' probabilities, or that of the last step
+    separator: str = "\n"  #: what stands between steps
+
+    def __post_init__(self) -> None:
+        if not self.separator:
+            raise ConfigError("the separator of steps is a text of at least one character")
+
+    @property
+    def labels(self) -> tuple[str, ...]:  # noqa: D102
+        return ("right",)
+
+    def aggregated(self, logits: Tensor) -> Tensor:
+        """The score of a response, in [0, 1], from the logits [S] of its steps; a number."""
+        p = logits.sigmoid()
+        return {"product": p.prod(), "min": p.amin(), "last": p[-1]}[self.aggregate]
+
+    def reduce(self, logits: Tensor) -> Tensor:  # noqa: D102
+        return logits[:, 0]
+
+    def log_odds(self, first: Tensor, second: Tensor) -> None:  # noqa: D102
+        return None
+
+    def settled(self, logits: Tensor) -> Self:  # noqa: D102
+        return self
+
+
+@dataclass(frozen=True)
 class Groups:
     """A logit for each group of people, or each person: the least of them, or their mean by weight.
 
@@ -159,6 +193,7 @@ HEADS: dict[str, type[Any]] = {
     "mean_variance": MeanVariance,
     "disentangled": Disentangled,
     "rated": Rated,
+    "steps": Steps,
     "groups": Groups,
 }
 
