@@ -7,9 +7,9 @@ a logit for each group, on one body.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_env.errors import ConfigError, DataError
+from rlhf_env.preferences.reward_metrics import accuracy, accuracy_by
 from rlhf_env.reward_models.bradley_terry import comparison_costs, require_learnable, rows_of
 from rlhf_env.reward_models.classifier import ClassifierReward
 from rlhf_env.reward_models.heads import Groups
@@ -65,9 +66,12 @@ def fit_annotators(
 ) -> Iterator[dict[str, float]]:
     """Each labeler's logit learns from their own judgements, the body from all; yields metrics per step.
 
-    `reward` has the head that `annotators` makes. Raises `DataError` for a labeler whom it does not know.
+    `reward` has the head that `annotators` makes. Raises `DataError` for a labeler whom it does not know, and for one
+    of whom there is nothing to learn: the least of all scores would be noise.
     """
     names = _groups(reward).names
+    if silent := sorted(set(names) - {c.labeler for c in comparisons}):
+        raise DataError(f"nothing is learned from {', '.join(map(repr, silent[:5]))}: leave out who judged too little")
     if unknown := sorted({c.labeler for c in comparisons} - set(names)):
         raise DataError(f"the model has no logit for {', '.join(map(repr, unknown[:5]))}")
     belongs = np.array([[name == c.labeler for name in names] for c in comparisons])
@@ -136,6 +140,25 @@ def fit_mixture(
             for _ in _fit_weighted(reward, comparisons, posterior[of], config, seed + rounds + 1):
                 pass
         yield Membership(tuple(labelers.tolist()), posterior, weights, float(likelihood.sum()))
+
+
+def own_accuracy(
+    reward: ClassifierReward, comparisons: Sequence[Comparison], group: Mapping[str, int]
+) -> dict[str, Any]:
+    """How often each labeler's judgements are predicted by the logit with the number that `group` has for them.
+
+    `own_accuracy` with its interval, and rows of it `by_labeler`; of labelers without a number there is nothing.
+    """
+    those = [c for c in comparisons if c.labeler in group]
+    if not those:
+        return {}
+    every = reward.all_logits(
+        [c.prompt for c in those for _ in c.responses], [response for c in those for response in c.responses]
+    )
+    each = np.split(every, np.cumsum([len(c.responses) for c in those])[:-1])
+    scores = [logits[:, group[c.labeler]] for c, logits in zip(those, each, strict=True)]
+    rows = accuracy_by("labeler", lambda c: c.labeler, those, scores)
+    return accuracy("own_accuracy", those, scores) | {"by_labeler": rows}
 
 
 def _who(comparisons: Sequence[Comparison]) -> tuple[NDArray[np.str_], NDArray[np.int64]]:

@@ -96,12 +96,20 @@ class Disentangled:
 class Rated:
     """One logit that predicts a rating, which says nothing of how probably people prefer the higher one."""
 
+    mean: float = 0.0  #: of the ratings learned from
+    std: float = 1.0  #: … and their deviation: the rating predicted is mean + std · logit
+
+    def __post_init__(self) -> None:
+        if not (-float("inf") < self.mean < float("inf") and 0 < self.std < float("inf")):
+            raise ConfigError(f"ratings have a finite mean and a positive std; got {self.mean} and {self.std}")
+
     @property
     def labels(self) -> tuple[str, ...]:  # noqa: D102
         return ("rating",)
 
-    def reduce(self, logits: Tensor) -> Tensor:  # noqa: D102
-        return logits[:, 0]
+    def reduce(self, logits: Tensor) -> Tensor:
+        """The rating predicted, in the unit of those learned from, [B, 1] → [B]."""
+        return self.mean + self.std * logits[:, 0]
 
     def log_odds(self, first: Tensor, second: Tensor) -> None:  # noqa: D102
         return None

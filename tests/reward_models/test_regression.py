@@ -41,6 +41,10 @@ def test_ratings_are_predicted_in_their_unit_and_kept(body, tmp_path):
     list(fit_ratings(reward, rated(128, 0), BradleyTerryConfig(learning_rate=1e-2, epochs=10, batch_size=16)))
     measured = measure_ratings(reward, rated(64, 1))
     assert measured["rmse"] < 2 and measured["correlation"] > 0.9
+    assert reward.score(["p "], ["abcabc+"]) == pytest.approx(20, abs=3)
+    reward.normalize_on(["p "] * 2, ["abcabc+", "abcabc-"])
+    assert reward.score(["p "], ["abcabc+"]) == pytest.approx(1)
+    assert measure_ratings(reward, rated(64, 1)) == measured
     reward.save_pretrained(tmp_path)
     again = load_reward(str(tmp_path))
     np.testing.assert_array_equal(again.score(["p "], ["abcabc+"]), reward.score(["p "], ["abcabc+"]))
@@ -50,7 +54,7 @@ def test_ratings_are_predicted_in_their_unit_and_kept(body, tmp_path):
 
 def test_measures_by_hand():
     class Known:
-        def score(self, prompts, responses):
+        def logits(self, prompts, responses):
             return np.array([float(r) for r in responses])
 
     measured = measure_ratings(Known(), [Rating("", "1", 1.0), Rating("", "2", 4.0), Rating("", "3", 5.0)])
