@@ -6,11 +6,14 @@ causal model has, at a step's last token, read nothing after it. How the steps m
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_env.errors import ConfigError, DataError
@@ -76,6 +79,45 @@ def measure_steps(reward: ClassifierReward, solutions: Sequence[Solution]) -> di
     count = sum(len(side) > 0 for side in sides)
     found = rate_interval("accuracy", float(right.mean()) * count, count) if count else {}
     return {**found, **calibration(np.concatenate(logits), np.concatenate(y)), "steps": sum(map(len, y))}
+
+
+@dataclass(frozen=True)
+class ByStep:
+    """A model of steps that pays where each step ends: a `ProcessRewardModel` whose episode has the model's own score.
+
+    The token that completes a separator is paid by how much the score of the text before it changed since the last one
+    (since 0 at first), and the response as a whole by what is left. What a step is paid knows nothing of later ones.
+    """
+
+    reward: ClassifierReward  #: with the head `Steps`
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reward.head, Steps):
+            raise ConfigError("only a model with the head Steps pays by step")
+
+    def score_tokens(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
+        """What each token is paid, [T] for each response; 0 where no step ends."""
+        texts = [list(itertools.accumulate(pieces)) for pieces in responses]
+        finished = [[self._finished(text) for text in those] for those in texts]
+        ends = [[t for t, text in enumerate(those) if text != ([""] + those)[t]] for those in finished]
+        asked = [(prompt, those[t]) for prompt, those, at in zip(prompts, finished, ends, strict=True) for t in at]
+        scores = iter(self.reward.score([p for p, _ in asked], [text for _, text in asked]).tolist() if asked else [])
+        paid = [np.zeros(len(pieces)) for pieces in responses]
+        for row, at in zip(paid, ends, strict=True):
+            row[at] = np.diff([next(scores) for _ in at], prepend=0.0)
+        return paid
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
+        """The model's score of each response less what its tokens were paid, [B]."""
+        whole, finished = self.reward.score(prompts, responses), [self._finished(text) for text in responses]
+        paid = self.reward.score(prompts, finished)
+        return whole - np.where([bool(text) for text in finished], paid, 0.0)
+
+    def _finished(self, text: str) -> str:
+        """The steps that a separator has ended, without it; "" where there is none."""
+        assert isinstance(self.reward.head, Steps)
+        before, separator, _ = text.rpartition(self.reward.head.separator)
+        return before.rstrip() if separator else ""
 
 
 def text_of(reward: ClassifierReward, solution: Solution) -> str:

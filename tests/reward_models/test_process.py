@@ -12,10 +12,12 @@ from rlhf_env.errors import ConfigError, DataError
 from rlhf_env.reward_models import load_reward
 from rlhf_env.reward_models.bradley_terry import new_reward_model
 from rlhf_env.reward_models.heads import Steps
-from rlhf_env.reward_models.process import fit_steps, measure_steps
+from rlhf_env.reward_models.process import ByStep, fit_steps, measure_steps
 from rlhf_env.reward_models.steps import Solution, read_solutions, step_ends, token_before
 from rlhf_env.settings import BradleyTerryConfig
 from rlhf_env.text.tokenizers import byte_tokenizer
+from rlhf_env.training.collect import collect
+from tests.builders import ALPHABET, PROMPTS, make_envs, random_model
 from tests.reward_models.test_bradley_terry import write_body
 
 
@@ -141,6 +143,42 @@ def test_solutions_in_files(tmp_path):
     file.write_text(json.dumps(row | {"labels": [None, None]}))
     with pytest.raises(DataError, match="no step is judged"):
         read_solutions(file)
+
+
+def test_paid_by_step_an_episode_has_the_score_of_the_model(body, tmp_path):
+    """The separator that ends a step pays the change; blank steps and unfinished ones pay nothing; the end the rest."""
+    model = new_reward_model(body, head=Steps(), dtype=torch.float64)
+    model.normalize_on(["p "] * 3, ["aba+", "ab-", "c"])
+    paying, (a, b) = ByStep(model), model.score(["p "] * 2, ["ab", "ab\ncd"])
+    pieces = ["a", "b", "\n", "\n", "", "c", "d\nx", "y"]
+    (paid,) = paying.score_tokens(["p "], [pieces])
+    (second,) = model.score(["p "], ["ab\n\ncd"])
+    np.testing.assert_allclose(paid, [0, 0, a, 0, 0, 0, second - a, 0], atol=1e-12)
+    text = "".join(pieces)
+    np.testing.assert_allclose(paying.score(["p "], [text]) + paid.sum(), model.score(["p "], [text]), atol=1e-12)
+    np.testing.assert_array_equal(paying.score(["p "], ["ab"]), [a])
+    assert b != a and paying.score_tokens([], []) == []
+    for t in range(len(pieces)):  # a token is paid for what stands before it
+        np.testing.assert_array_equal(paying.score_tokens(["p "], [pieces[: t + 1]])[0], paid[: t + 1])
+
+
+def test_an_environment_pays_by_step(body, tmp_path):
+    new_reward_model(body, head=Steps(separator="c")).save_pretrained(tmp_path / "steps")
+    (tmp_path / "steps.yaml").write_text(f"kind: by_step\nreward: {tmp_path / 'steps'}\n")
+    paying = load_reward(str(tmp_path / "steps.yaml"))
+    policy, asked = random_model(), list(PROMPTS) * 8
+    rollout = collect(policy, make_envs(4, reference=None, beta=0.0, reward_model=paying), asked, seed=1)
+    texts = [
+        "".join(ALPHABET[i] for i in ids[mask].tolist() if i < 8)
+        for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
+    ]
+    assert any("c" in text[:-1] for text in texts)
+    expected = load_reward(str(tmp_path / "steps")).score(asked, texts)
+    np.testing.assert_allclose(rollout.score.numpy(), expected, atol=1e-5)
+    new_reward_model(body).save_pretrained(tmp_path / "plain")
+    (tmp_path / "wrong.yaml").write_text(f"kind: by_step\nreward: {tmp_path / 'plain'}\n")
+    with pytest.raises(ConfigError, match="wrong.yaml: only a model with the head Steps"):
+        load_reward(str(tmp_path / "wrong.yaml"))
 
 
 def test_what_cannot_judge_steps(body, tmp_path):
