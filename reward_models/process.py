@@ -87,6 +87,7 @@ class ByStep:
 
     The token that completes a separator is paid by how much the score of the text before it changed since the last one
     (since 0 at first), and the response as a whole by what is left. What a step is paid knows nothing of later ones.
+    Special tokens inside a response, which are shown by name and not scored with the whole, make the two differ.
     """
 
     reward: ClassifierReward  #: with the head `Steps`
