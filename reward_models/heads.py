@@ -122,7 +122,7 @@ class Rated:
 class Steps:
     """A logit for each step of a response: how probably it is right. The score is made of these probabilities.
 
-    Their product is the probability that every step is right (Lightman et al. 2023, arXiv 2305.20050, §2.6), which is
+    Their product is the probability that every step is right (Lightman et al. 2023, arXiv 2305.20050), which is
     smaller the more steps there are; the least of them is not.
     """
 
