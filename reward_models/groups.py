@@ -70,10 +70,10 @@ def fit_annotators(
     of whom there is nothing to learn: the least of all scores would be noise.
     """
     names = _groups(reward).names
-    if silent := sorted(set(names) - {c.labeler for c in comparisons}):
-        raise DataError(f"nothing is learned from {', '.join(map(repr, silent[:5]))}: leave out who judged too little")
     if unknown := sorted({c.labeler for c in comparisons} - set(names)):
         raise DataError(f"the model has no logit for {', '.join(map(repr, unknown[:5]))}")
+    if silent := sorted(set(names) - {c.labeler for c in comparisons}):
+        raise DataError(f"nothing is learned from {', '.join(map(repr, silent[:5]))}: leave out who judged too little")
     belongs = np.array([[name == c.labeler for name in names] for c in comparisons])
     yield from _fit_weighted(reward, comparisons, belongs, config, seed)
 

@@ -181,6 +181,9 @@ def test_what_groups_cannot_learn_from(body):
     reward = new_reward_model(body, head=TWO)
     with pytest.raises(DataError, match="no logit for 'plus 0'"):
         next(fit_annotators(reward, judged()[:3]))
+    ann = [replace(c, labeler="a") for c in judged()[:3]]
+    with pytest.raises(DataError, match="nothing is learned from 'b'"):  # whose untrained logit could be the least
+        next(fit_annotators(reward, ann))
     with pytest.raises(ConfigError, match="groups knows nothing of ties: leave"):
         next(fit_mixture(reward, judged()[:3], BradleyTerryConfig(ties="davidson")))
     with pytest.raises(ConfigError, match="has the head Groups"):
