@@ -129,7 +129,7 @@ class Column:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--populations", type=int, default=200)
-    parser.add_argument("--each", type=int, default=120, help="comparisons by each person")
+    parser.add_argument("--each", type=int, default=120, help="comparisons by each person; of 80 the groups merge")
     args = parser.parse_args()
     borda, utility, best = populations(args.populations)
     print(f"of {args.populations} populations Bradley–Terry ranks {borda} by Borda count, {utility} by mean utility")
