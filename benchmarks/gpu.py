@@ -128,9 +128,8 @@ def main() -> None:
             row(who, f"{middle:.3f}", f"{batch * tokens / middle:,.0f}", f"{ratio:.2f}")
         operations = 4 * 6 * count * batch * (PROMPT + tokens)  # four passes, 6 for each weight and token
         rate = operations / found[f"{name}'s update alone"][0]
-        print(
-            f"\nin the update: {rate / 1e12:.1f} TFLOP/s, of {products(device, args.dtype) / 1e12:.1f} in products of 8192"
-        )
+        most = products(device, args.dtype)
+        print(f"\nin the update: {rate / 1e12:.1f} TFLOP/s, of {most / 1e12:.1f} in products of 8192")
         if device.type == "cuda":
             print(f"peak memory: {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB", end="")
             if isinstance(peer := contestants.get("TRL's GRPO"), Peer):

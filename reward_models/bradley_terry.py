@@ -31,7 +31,7 @@ from rlhf_env.preference_losses import (
     smoothed,
     unflipped,
 )
-from rlhf_env.preferences.reward_metrics import measure_logits
+from rlhf_env.preferences.reward_metrics import differences, measure_logits
 from rlhf_env.reward_models.classifier import ClassifierReward, padding_token
 from rlhf_env.reward_models.heads import Head, stored
 from rlhf_env.reward_models.learning import learn
@@ -42,6 +42,7 @@ from rlhf_env.types import Comparison
 __all__ = ["BradleyTerryConfig", "fit_comparisons", "measure_comparisons", "new_reward_model", "usable"]
 
 _STRIDE = 30  # Adam's steps are of the learning rate's size, and a number that ties depend on has a longer way to go
+_RAREST = -30.0  # log of what is learned of ties at the least: without ties it would fall for ever, until its log is −∞
 
 
 def new_reward_model(
@@ -209,7 +210,7 @@ class TieParameter:
     def value(self) -> Tensor | float:
         """ν or θ, with gradient where it is learned."""
         if self.parameters:
-            return self._least + (_STRIDE * self.parameters[0]).exp()
+            return self._least + (_STRIDE * self.parameters[0]).clamp(min=_RAREST).exp()
         return self._least if self._given is None else self._given
 
     @property
@@ -236,15 +237,37 @@ def measure_comparisons(reward: HasLogits, comparisons: Sequence[Comparison]) ->
     ece          expected calibration error: mean |predicted − observed| over the bins, weighted by their counts
     reliability  its bins that are not empty; each pair counts in both orders, so none stands first
     margin       mean lead of the preferred response, in logits, ties left out
+
+    P is the probability that the model itself states (`stated`): σ of the difference for a Bradley–Terry model. Of one
+    that states none, log_loss, brier, ece and reliability are missing.
     """
     if not comparisons:
         raise DataError("there are no comparisons to measure on")
+    return measure_logits(comparisons, *stated(reward, comparisons))
+
+
+def stated(
+    reward: HasLogits, comparisons: Sequence[Comparison]
+) -> tuple[list[NDArray[np.float64]], list[NDArray[np.float64]] | None]:
+    """The logits [K] of every comparison's responses, and log [P / (1 − P)] of its pairs as the model states them.
+
+    Of a `ClassifierReward` these are its `log_odds`, none where it has none; of others the `differences` of logits.
+    """
+    asked = [c.prompt for c in comparisons for _ in c.responses]
     responses = [response for c in comparisons for response in c.responses]
-    logits = reward.logits([c.prompt for c in comparisons for _ in c.responses], responses)
+    ends = np.cumsum([len(c.responses) for c in comparisons])[:-1]
+    if isinstance(reward, ClassifierReward):
+        every, pairs = torch.from_numpy(reward.all_logits(asked, responses)), flat_pairs(comparisons)
+        logits, found = reward.reduce(every).numpy(), reward.log_odds(every[pairs.first], every[pairs.second])
+        counts = np.cumsum([len(c.pairs) for c in comparisons])[:-1]
+        log_odds = None if found is None else np.split(found.numpy(), counts)
+    else:
+        logits = reward.logits(asked, responses)
+        log_odds = [differences(c, s) for c, s in zip(comparisons, np.split(logits, ends), strict=True)]
     if not np.isfinite(logits).all():
         broken = responses[int(np.flatnonzero(~np.isfinite(logits))[0])]
         raise RewardError(f"the reward model's logit of the response {broken[:60]!r} is not finite")
-    return measure_logits(comparisons, np.split(logits, np.cumsum([len(c.responses) for c in comparisons])[:-1]))
+    return np.split(logits, ends), log_odds
 
 
 def rows_of(reward: ClassifierReward, comparison: Comparison) -> list[list[int]]:

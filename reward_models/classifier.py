@@ -11,12 +11,13 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_env.errors import ConfigError, RewardError
-from rlhf_env.reward_models.heads import head_of, stored
+from rlhf_env.reward_models.heads import Groups, Steps, head_of, stored
 from rlhf_env.reward_models.normalise import moments
+from rlhf_env.reward_models.steps import step_ends, token_before
 
 
 class ClassifierReward:
@@ -27,7 +28,7 @@ class ClassifierReward:
     response as one text, `of="response"` the response alone. Texts longer than `max_length` tokens lose their
     beginning. A model that `save_pretrained` wrote keeps `of`, `max_length`, mean and std in its config.json; where
     nothing is said, these are "text", what model and tokenizer allow, 0 and 1. One of the `heads` may make the logit
-    of several; config.json says which.
+    of several; config.json says which. Of the head `Groups` the `label` chooses one group, with its own mean and std.
     """
 
     def __init__(
@@ -67,9 +68,9 @@ class ClassifierReward:
         self.tokenizer = tokenizer
         tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
         self.head = head_of(model.config)
-        self.label = _label_index(model.config, label) if self.head is None else None
-        if self.head is not None and label is not None:
+        if label is not None and not isinstance(self.head, Groups | None):
             raise ConfigError(f"all logits of this reward model make its score: leave out the label {label!r}")
+        self.label = None if self.head is not None and label is None else _label_index(model.config, label)
         self.of = of or getattr(model.config, "reward_of", "text")
         if self.of not in ("text", "response"):
             raise ConfigError(f"of must be 'text' or 'response', got {self.of!r}")
@@ -90,11 +91,15 @@ class ClassifierReward:
     @property
     def mean(self) -> float:
         """The logit that scores 0."""
+        if isinstance(self.head, Groups) and self.label is not None:
+            return self.head.means[self.label] if self.head.means else 0.0
         return getattr(self.model.config, "reward_mean", 0.0)
 
     @property
     def std(self) -> float:
         """How many units of the logit are one unit of the score."""
+        if isinstance(self.head, Groups) and self.label is not None:
+            return self.head.stds[self.label] if self.head.stds else 1.0
         return getattr(self.model.config, "reward_std", 1.0)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
@@ -105,7 +110,7 @@ class ClassifierReward:
         """The classifier's own number for each text, [B], before any normalisation."""
         return self.reduce(torch.from_numpy(self.all_logits(prompts, responses))).numpy()
 
-    def log_odds(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
+    def label_log_odds(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
         """log(p / (1 − p)) of the probability p that the classifier gives its label, [B].
 
         Of one logit, of a head, and of labels that do not exclude each other (`problem_type` says so) it is the logit,
@@ -113,13 +118,16 @@ class ClassifierReward:
         """
         every = torch.from_numpy(self.all_logits(prompts, responses))
         logit, config = self.reduce(every), self.model.config
-        if self.label is None or config.num_labels == 1 or config.problem_type == "multi_label_classification":
+        if self.head is not None or config.num_labels == 1 or config.problem_type == "multi_label_classification":
             return logit.numpy()
         others = [label for label in range(config.num_labels) if label != self.label]
         return (logit - every[:, others].logsumexp(1)).numpy()
 
     def all_logits(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
-        """Everything that the classifier says of each text, [B, L]."""
+        """Everything that the classifier says of each text, [B, L]; the head `Steps` makes one number of all steps."""
+        if isinstance(self.head, Steps):
+            scores = [self.head.aggregated(torch.from_numpy(those)) for those in self.step_logits(prompts, responses)]
+            return np.array(scores, dtype=np.float64).reshape(-1, 1)
         rows = [tuple(row) for row in self.encode(prompts, responses)]
         distinct = sorted(dict.fromkeys(rows), key=len)  # little padding per batch, and equal texts score exactly alike
         known: dict[tuple[int, ...], list[float]] = {}
@@ -128,6 +136,35 @@ class ClassifierReward:
             with torch.inference_mode():
                 known |= zip(batch, self.read(batch).tolist(), strict=True)
         return np.array([known[row] for row in rows], dtype=np.float64)
+
+    def step_logits(self, prompts: Sequence[str], responses: Sequence[str]) -> list[NDArray[np.float64]]:
+        """The logit of every step of each response, [S] each, under the head `Steps`; of those that are not cut off."""
+        places = self.places(prompts, responses)
+        found: dict[int, NDArray[np.float64]] = {}
+        order = sorted(range(len(places)), key=lambda i: len(places[i][0]))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            with torch.inference_mode():
+                logits = self.read_tokens([places[i][0] for i in batch])[..., 0].double().cpu().numpy()
+            for row, i in zip(logits, batch, strict=True):
+                tokens = [token for token in places[i][1] if token is not None]
+                found[i] = row[tokens or [len(places[i][0]) - 1]]
+        return [found[i] for i in range(len(places))]
+
+    def places(self, prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[list[int], list[int | None]]]:
+        """What is read of each response, and the number of each step's last token in it; none where it is cut off."""
+        if not isinstance(self.head, Steps):
+            raise ConfigError("only a model with the head Steps reads steps: new_reward_model(body, head=Steps())")
+        if not self.tokenizer.is_fast:
+            raise ConfigError(f"{type(self.tokenizer).__name__} does not tell where its tokens stand in a text")
+        found: list[tuple[list[int], list[int | None]]] = []
+        for prompt, response, ids in zip(prompts, responses, self.encode(prompts, responses), strict=True):
+            before = "" if self.of == "response" else prompt
+            options = {"truncation": True, "max_length": self.max_length, "split_special_tokens": True}
+            offsets = self.tokenizer(before + response, return_offsets_mapping=True, **options)["offset_mapping"]
+            ends = [len(before) + end for end in step_ends(response, self.head.separator)]
+            found.append((ids, [token_before(end, offsets) for end in ends]))
+        return found
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         """Token ids of what is read of each response: its own tokenizer's, at most `max_length`."""
@@ -142,7 +179,21 @@ class ClassifierReward:
 
     def reduce(self, logits: Tensor) -> Tensor:
         """The one number that is made of a text's logits, [B, L] → [B]: one of them, or what the head says."""
-        return logits[:, self.label] if self.head is None else self.head.reduce(logits)
+        if self.label is not None:
+            return logits[:, self.label]
+        assert self.head is not None
+        return self.head.reduce(logits)
+
+    def log_odds(self, first: Tensor, second: Tensor) -> Tensor | None:
+        """log [P(first preferred) / P(second preferred)] from all logits [P, L] of each, [P]; None where it says none.
+
+        A classifier without a head that has one logit is taken for a Bradley–Terry model; of several logits without a
+        head nobody says that one is a preference.
+        """
+        if self.head is not None and self.label is None:
+            return self.head.log_odds(first, second)
+        known = self.head is not None or self.model.config.num_labels == 1
+        return (first - second)[:, self.label] if known else None
 
     def forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Logits [B] of rows of token ids, with gradient."""
@@ -150,12 +201,21 @@ class ClassifierReward:
 
     def read(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """All logits [B, L] of rows of token ids, with gradient; float32 even where the weights are less precise."""
+        return _precise(self.model(**self._padded(rows)).logits)
+
+    def read_tokens(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """What the head makes of the hidden state of every token, [B, T, L], with gradient; right of a row is chance.
+
+        At a row's last token it is what `read` gives. Raises `ConfigError` where the head is not one linear layer.
+        """
+        hidden = self.model.base_model(**self._padded(rows)).last_hidden_state
+        return _precise(linear_head(self.model)(hidden))
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         width, pad = max(map(len, rows)), self._pad or 0
         ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
         mask = (torch.arange(width) < torch.tensor([[len(row)] for row in rows])).long()
-        device = self.model.device
-        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
 
     def normalize_on(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[float, float]:
         """Make these responses score mean 0 and variance 1; returns the mean and the std of their logits.
@@ -167,13 +227,16 @@ class ClassifierReward:
         if self.head is not None and len(every) > 1 and np.isfinite(every).all():
             self.head = self.head.settled(torch.from_numpy(every))
         mean, std = moments(self.reduce(torch.from_numpy(every)).numpy(), "logit")
-        self.model.config.update({"reward_mean": mean, "reward_std": std})
+        if self.head is None or self.label is None:  # else they are that group's, which its head has
+            self.model.config.update({"reward_mean": mean, "reward_std": std})
         return mean, std
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face folder (safetensors, tokenizer), mean and std in its config.json."""
-        told = {"mean": self.mean, "std": self.std, "of": self.of, "max_length": self.max_length}
-        self.model.config.update({f"reward_{name}": value for name, value in told.items()} | stored(self.head))
+        told = {"reward_of": self.of, "reward_max_length": self.max_length}
+        if self.head is None or self.label is None:
+            told |= {"reward_mean": self.mean, "reward_std": self.std}
+        self.model.config.update(told | stored(self.head))
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -192,6 +255,19 @@ class ClassifierReward:
         if not ids:
             raise RewardError(f"the reward model's tokenizer makes no token of the text {text!r}: it has no score")
         return ids
+
+
+def linear_head(model: Any) -> nn.Linear:
+    """The one linear layer of a classifier that is not in its body."""
+    inside = f"{model.base_model_prefix}."
+    found = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not name.startswith(inside)]
+    if len(found) != 1:
+        raise ConfigError(f"the head of {type(model).__name__} is not one linear layer")
+    return found[0]
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def padding_token(tokenizer: Any, vocab_size: int) -> int | None:

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from rlhf_env.errors import ConfigError
 from rlhf_env.reward_models.bradley_terry import accuracy_of, comparison_costs, require_learnable, rows_of
-from rlhf_env.reward_models.classifier import ClassifierReward
+from rlhf_env.reward_models.classifier import ClassifierReward, linear_head
 from rlhf_env.reward_models.heads import Disentangled
 from rlhf_env.reward_models.learning import learn, require_taken
 from rlhf_env.settings import BradleyTerryConfig
@@ -52,7 +52,7 @@ def fit_disentangled(
     require_taken(config, "a model of quality and length", ("loss", "margin", "label_smoothing", "flip_rate", "center"))
     require_learnable(comparisons, config)
     rows = [rows_of(reward, c) for c in comparisons]
-    weight = _head_weight(reward)
+    weight = linear_head(reward.model).weight
 
     def loss_of(batch: list[int]) -> tuple[Tensor, dict[str, float]]:
         quality, length_score = reward.read([row for i in batch for row in rows[i]]).unbind(-1)
@@ -65,12 +65,3 @@ def fit_disentangled(
         return loss, accuracy_of(quality, those) | known
 
     yield from learn(reward, len(rows), loss_of, config, seed)
-
-
-def _head_weight(reward: ClassifierReward) -> Tensor:
-    """The weights of the two heads, [2, D]."""
-    inside = f"{reward.model.base_model_prefix}."
-    found = [p for name, p in reward.model.named_parameters() if not name.startswith(inside) and p.dim() == 2]
-    if not found or found[-1].shape[0] != 2:
-        raise ConfigError(f"the head of {type(reward.model).__name__} is not one linear layer at the end")
-    return found[-1]

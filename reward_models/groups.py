@@ -7,8 +7,9 @@ a logit for each group, on one body.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_env.errors import ConfigError, DataError
+from rlhf_env.preferences.reward_metrics import accuracy, accuracy_by
 from rlhf_env.reward_models.bradley_terry import comparison_costs, require_learnable, rows_of
 from rlhf_env.reward_models.classifier import ClassifierReward
 from rlhf_env.reward_models.heads import Groups
@@ -24,6 +26,8 @@ from rlhf_env.settings import BradleyTerryConfig
 from rlhf_env.types import Comparison
 
 _STREAM = 11
+_TAKES = ("loss", "margin", "label_smoothing", "flip_rate", "center", "l2")
+_LEAST = 0.5  # of a labeler in a group that is not empty
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,11 @@ def responsibilities(log_likelihood: Tensor, weights: Tensor) -> tuple[Tensor, T
     return joint.softmax(-1), joint.logsumexp(-1)
 
 
-def annotators(comparisons: Sequence[Comparison], aggregate: str = "min") -> Groups:
+def annotators(comparisons: Sequence[Comparison], aggregate: Literal["min", "mean"] = "min") -> Groups:
     """The head with a logit for each labeler, who weighs as much as the judgements that are theirs."""
-    names, counts = np.unique([c.labeler for c in comparisons], return_counts=True)
-    if "" in names:
-        raise DataError("a model for each labeler needs comparisons that say who judged; some do not")
-    return Groups(tuple(names.tolist()), tuple((counts / counts.sum()).tolist()), aggregate)  # type: ignore[arg-type]
+    names, of = _who(comparisons)
+    shares = np.bincount(of) / len(of)
+    return Groups(tuple(names.tolist()), tuple(shares.tolist()), aggregate)
 
 
 def fit_annotators(
@@ -63,11 +66,14 @@ def fit_annotators(
 ) -> Iterator[dict[str, float]]:
     """Each labeler's logit learns from their own judgements, the body from all; yields metrics per step.
 
-    `reward` has the head that `annotators` makes. Raises `DataError` for a labeler whom it does not know.
+    `reward` has the head that `annotators` makes. Raises `DataError` for a labeler whom it does not know, and for one
+    of whom there is nothing to learn: the least of all scores would be noise.
     """
     names = _groups(reward).names
     if unknown := sorted({c.labeler for c in comparisons} - set(names)):
         raise DataError(f"the model has no logit for {', '.join(map(repr, unknown[:5]))}")
+    if silent := sorted(set(names) - {c.labeler for c in comparisons}):
+        raise DataError(f"nothing is learned from {', '.join(map(repr, silent[:5]))}: leave out who judged too little")
     belongs = np.array([[name == c.labeler for name in names] for c in comparisons])
     yield from _fit_weighted(reward, comparisons, belongs, config, seed)
 
@@ -86,16 +92,22 @@ def fit_mixture(
     belongs to the group, and then asks anew where labelers belong. At first all learn alike, and the labelers are split
     by how well that one score predicts them, so that those whom it serves badly begin together. What is learned from
     is half of what each labeler said, and what is asked is the other half: a network learns the judgements of
-    whom it is given by heart, and would find every guess confirmed. At last it learns from all. Comparisons without a
-    labeler are each a labeler of their own. Like every mixture it may end in a local optimum: compare the
-    `log_likelihood` of several seeds. The head keeps the groups' weights.
+    whom it is given by heart, and would find every guess confirmed. At last it learns from all. Like every mixture it
+    may end in a local optimum: compare the `log_likelihood` of several seeds. The head keeps the groups' weights.
+
+    Raises `DataError` where comparisons do not say who judged, where fewer labelers than there are groups judged twice
+    (of whom judged once nothing is left to ask, and their group stays a guess), and where a group comes out empty: its
+    logit would have learned nothing, and be the least of all where it is noise.
     """
     require_learnable(comparisons, config)
+    require_taken(config, "a model of groups", _TAKES)
     if rounds < 1:
         raise ConfigError(f"rounds must be at least 1, got {rounds}")
     head = _groups(reward)
-    who = [c.labeler or f"#{i}" for i, c in enumerate(comparisons)]
-    labelers, of = np.unique(who, return_inverse=True)
+    count = len(head.names)
+    labelers, of = _who(comparisons)
+    if (often := int((np.bincount(of) > 1).sum())) < count:
+        raise DataError(f"{count} groups are found among at least {count} labelers who judged twice; these are {often}")
     order = np.random.default_rng([seed, _STREAM]).permutation(len(of))
     order = order[np.argsort(of[order], kind="stable")]
     learned, asked = order[::2], order[1::2]  # about half of what each labeler said
@@ -110,21 +122,50 @@ def fit_mixture(
         np.add.at(found, of[asked], -costs)
         return found
 
-    count = len(head.names)
-    alike = said(np.full((len(labelers), count), 1 / count), 0).mean(1)
-    common = alike / np.bincount(of[asked], minlength=len(labelers)).clip(1)
-    posterior = np.eye(count)[np.argsort(np.argsort(common)) * count // len(labelers)]
+    posterior = np.full((len(labelers), count), 1 / count)
+    answers = np.bincount(of[asked], minlength=len(labelers))
+    common = (said(posterior, 0).mean(1) / answers.clip(1))[answers > 0]
+    posterior[answers > 0] = np.eye(count)[np.argsort(np.argsort(common)) * count // len(common)]
     for number in range(1, rounds + 1):
         found, likelihood = responsibilities(
             torch.from_numpy(said(posterior, number)), torch.from_numpy(posterior.mean(0))
         )
         posterior = found.numpy()
+        if (empty := posterior.sum(0) < _LEAST).any():
+            name = head.names[int(empty.argmax())]
+            raise DataError(f"after round {number} no labeler is left in the group {name}: take fewer, or another seed")
         weights = posterior.mean(0) / posterior.mean(0).sum()
         reward.head = replace(head, weights=tuple(weights.tolist()))
         if number == rounds:
             for _ in _fit_weighted(reward, comparisons, posterior[of], config, seed + rounds + 1):
                 pass
         yield Membership(tuple(labelers.tolist()), posterior, weights, float(likelihood.sum()))
+
+
+def own_accuracy(
+    reward: ClassifierReward, comparisons: Sequence[Comparison], group: Mapping[str, int]
+) -> dict[str, Any]:
+    """How often each labeler's judgements are predicted by the logit with the number that `group` has for them.
+
+    `own_accuracy` with its interval, and rows of it `by_labeler`; of labelers without a number there is nothing.
+    """
+    those = [c for c in comparisons if c.labeler in group]
+    if not those:
+        return {}
+    every = reward.all_logits(
+        [c.prompt for c in those for _ in c.responses], [response for c in those for response in c.responses]
+    )
+    each = np.split(every, np.cumsum([len(c.responses) for c in those])[:-1])
+    scores = [logits[:, group[c.labeler]] for c, logits in zip(those, each, strict=True)]
+    rows = accuracy_by("labeler", lambda c: c.labeler, those, scores)
+    return accuracy("own_accuracy", those, scores) | {"by_labeler": rows}
+
+
+def _who(comparisons: Sequence[Comparison]) -> tuple[NDArray[np.str_], NDArray[np.int64]]:
+    """The names of the labelers, and the number of the one who made each comparison."""
+    if not all(c.labeler for c in comparisons):
+        raise DataError("scores of labelers or of groups need comparisons that say who judged; some do not")
+    return np.unique([c.labeler for c in comparisons], return_inverse=True)
 
 
 def _groups(reward: ClassifierReward) -> Groups:
@@ -142,8 +183,7 @@ def _fit_weighted(
 ) -> Iterator[dict[str, float]]:
     """Minimise the mean over comparisons of Σ_g belongs[c, g] · cost under g; `belongs` [N, G]."""
     require_learnable(comparisons, config)
-    takes = ("loss", "margin", "label_smoothing", "flip_rate", "center", "l2")
-    require_taken(config, "a model of groups", takes)
+    require_taken(config, "a model of groups", _TAKES)
     rows, table = [rows_of(reward, c) for c in comparisons], torch.from_numpy(belongs.astype(np.float64))
 
     def loss_of(batch: list[int]) -> tuple[Tensor, dict[str, float]]:

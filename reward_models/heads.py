@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, Self
 
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid, softplus
+from torch.special import log_ndtr
 
 from rlhf_env.errors import ConfigError, RewardError
 from rlhf_env.records.config import Layer, build
@@ -23,6 +24,13 @@ class Head(Protocol):
 
     def reduce(self, logits: Tensor) -> Tensor:
         """One number for each response, [B, L] → [B]."""
+        ...
+
+    def log_odds(self, first: Tensor, second: Tensor) -> Tensor | None:
+        """log [P(first preferred) / P(second preferred)] as the model itself says, from logits [P, L] of each, [P].
+
+        None where it says nothing of preferences.
+        """
         ...
 
     def settled(self, logits: Tensor) -> Self:
@@ -55,6 +63,12 @@ class MeanVariance:
         mean, variance = self.moments(logits)
         return mean - self.risk * variance.sqrt()
 
+    def log_odds(self, first: Tensor, second: Tensor) -> Tensor:
+        """log Φ(z) − log Φ(−z), z = (μ_1 − μ_2)/√(σ_1² + σ_2²), whatever the `risk`; [P, 2], [P, 2] → [P]."""
+        (m1, v1), (m2, v2) = self.moments(first), self.moments(second)
+        z = (m1 - m2) / (v1 + v2).sqrt()
+        return log_ndtr(z) - log_ndtr(-z)
+
     def settled(self, logits: Tensor) -> Self:  # noqa: D102
         return self
 
@@ -69,6 +83,70 @@ class Disentangled:
 
     def reduce(self, logits: Tensor) -> Tensor:  # noqa: D102
         return logits[:, 0]
+
+    def log_odds(self, first: Tensor, second: Tensor) -> Tensor:
+        """The difference of the sums of both, which is what learned to predict preferences; [P, 2], [P, 2] → [P]."""
+        return (first - second).sum(-1)
+
+    def settled(self, logits: Tensor) -> Self:  # noqa: D102
+        return self
+
+
+@dataclass(frozen=True)
+class Rated:
+    """One logit that predicts a rating, which says nothing of how probably people prefer the higher one."""
+
+    mean: float = 0.0  #: of the ratings learned from
+    std: float = 1.0  #: … and their deviation: the rating predicted is mean + std · logit
+
+    def __post_init__(self) -> None:
+        if not (-float("inf") < self.mean < float("inf") and 0 < self.std < float("inf")):
+            raise ConfigError(f"ratings have a finite mean and a positive std; got {self.mean} and {self.std}")
+
+    @property
+    def labels(self) -> tuple[str, ...]:  # noqa: D102
+        return ("rating",)
+
+    def reduce(self, logits: Tensor) -> Tensor:
+        """The rating predicted, in the unit of those learned from, [B, 1] → [B]."""
+        return self.mean + self.std * logits[:, 0]
+
+    def log_odds(self, first: Tensor, second: Tensor) -> None:  # noqa: D102
+        return None
+
+    def settled(self, logits: Tensor) -> Self:  # noqa: D102
+        return self
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A logit for each step of a response: how probably it is right. The score is made of these probabilities.
+
+    Their product is the probability that every step is right (Lightman et al. 2023, arXiv 2305.20050), which is
+    smaller the more steps there are; the least of them is not.
+    """
+
+    aggregate: Literal["product", "min", "last"] = "product"  #: of the steps' probabilities, or that of the last step
+    separator: str = "\n"  #: what stands between steps
+
+    def __post_init__(self) -> None:
+        if not self.separator:
+            raise ConfigError("the separator of steps is a text of at least one character")
+
+    @property
+    def labels(self) -> tuple[str, ...]:  # noqa: D102
+        return ("right",)
+
+    def aggregated(self, logits: Tensor) -> Tensor:
+        """The score of a response, in [0, 1], from the logits [S] of its steps; a number."""
+        p = logits.sigmoid()
+        return {"product": p.prod(), "min": p.amin(), "last": p[-1]}[self.aggregate]
+
+    def reduce(self, logits: Tensor) -> Tensor:  # noqa: D102
+        return logits[:, 0]
+
+    def log_odds(self, first: Tensor, second: Tensor) -> None:  # noqa: D102
+        return None
 
     def settled(self, logits: Tensor) -> Self:  # noqa: D102
         return self
@@ -107,6 +185,11 @@ class Groups:
         scores = (logits - logits.new_tensor(self.means or 0.0)) / logits.new_tensor(self.stds or 1.0)
         return scores.amin(-1) if self.aggregate == "min" else scores @ logits.new_tensor(self.weights)
 
+    def log_odds(self, first: Tensor, second: Tensor) -> Tensor:
+        """Those of somebody drawn by weight, P = Σ_g w_g σ(difference under g), whatever the `aggregate`; → [P]."""
+        difference, share = first - second, first.new_tensor(self.weights).log()
+        return (share + logsigmoid(difference)).logsumexp(-1) - (share + logsigmoid(-difference)).logsumexp(-1)
+
     def settled(self, logits: Tensor) -> Self:  # noqa: D102
         means, stds = logits.mean(0), logits.std(0, correction=0)
         if flat := [name for name, std in zip(self.names, stds.tolist(), strict=True) if std <= 1e-9]:
@@ -114,7 +197,13 @@ class Groups:
         return replace(self, means=tuple(means.tolist()), stds=tuple(stds.tolist()))
 
 
-HEADS: dict[str, type[Any]] = {"mean_variance": MeanVariance, "disentangled": Disentangled, "groups": Groups}
+HEADS: dict[str, type[Any]] = {
+    "mean_variance": MeanVariance,
+    "disentangled": Disentangled,
+    "rated": Rated,
+    "steps": Steps,
+    "groups": Groups,
+}
 
 
 def stored(head: Head | None) -> dict[str, Any]:

@@ -187,4 +187,5 @@ class _Counts:
 def _ngrams(text: str, longest: int) -> Iterator[str]:
     """All n-grams of a text's words and marks in lower case, of 1 to `longest` of them."""
     words = _WORDS.findall(text.casefold())
-    return (" ".join(words[i : i + n]) for n in range(1, longest + 1) for i in range(len(words) - n + 1))
+    lengths = range(1, min(longest, len(words)) + 1)
+    return (" ".join(words[i : i + n]) for n in lengths for i in range(len(words) - n + 1))

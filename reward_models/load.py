@@ -27,8 +27,8 @@ def load_reward(spec: str, *, device: torch.device | str = "cpu") -> RewardModel
 
     "vader"; "package.module:name" of a function, an object with `score`, or a class made without arguments (the
     current directory is importable); the folder of a Hugging Face sequence classifier, "folder:label" where it has
-    several labels; the URL of a reward server; a recipe, FILE.yaml, of several of these; or several with commas between
-    them, the mean ensemble. `device` is where classifiers run.
+    several labels, or for one group of a model of groups; the URL of a reward server; a recipe, FILE.yaml, of several
+    of these; or several with commas between them, the mean ensemble. `device` is where classifiers run.
     """
     return _load(spec, device, ())
 
@@ -54,7 +54,8 @@ def _load(spec: str, device: torch.device | str, inside: tuple[Path, ...]) -> An
 
         return VaderReward()
     head, _, tail = spec.rpartition(":")
-    for folder, label in ((spec, None), (head, tail)):
+    cuts = [(spec[:i], spec[i + 1 :]) for i, mark in enumerate(spec) if mark == ":"]  # a label may have one, too
+    for folder, label in ((spec, None), *cuts):
         if folder and (Path(folder) / "config.json").is_file():
             return _saved(folder, label, device)
     if spec.endswith(SUFFIXES):

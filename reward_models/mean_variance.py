@@ -62,7 +62,5 @@ def preferred(reward: ClassifierReward, prompts: Sequence[str], first: Sequence[
     """P(the first response is preferred to the second), [B], under the head `MeanVariance`."""
     if not isinstance(reward.head, MeanVariance):
         raise ConfigError("this reward model has no uncertainty: its head is not MeanVariance")
-    (m1, v1), (m2, v2) = (
-        reward.head.moments(torch.from_numpy(reward.all_logits(prompts, those))) for those in (first, second)
-    )
-    return torch.special.ndtr((m1 - m2) / (v1 + v2).sqrt())
+    logits = (torch.from_numpy(reward.all_logits(prompts, those)) for those in (first, second))
+    return reward.head.log_odds(*logits).sigmoid()

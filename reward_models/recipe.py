@@ -222,6 +222,22 @@ class _WeightAverage:
 
 
 @dataclass(frozen=True)
+class _ByStep:
+    """A model of steps that pays where each step ends."""
+
+    reward: str
+
+    def made(self, here: _Place) -> Any:
+        from rlhf_env.reward_models.classifier import ClassifierReward
+        from rlhf_env.reward_models.process import ByStep
+
+        reward = here.at("reward").reward(self.reward)
+        if not isinstance(reward, ClassifierReward):
+            raise ConfigError("by_step needs the folder of a model of steps as its reward")
+        return ByStep(reward)
+
+
+@dataclass(frozen=True)
 class _Cached:
     """A reward that is asked about no text twice."""
 
@@ -255,6 +271,7 @@ KINDS: dict[str, type[_Kind]] = {
     "safety_first": _SafetyFirst,
     "normalised": _Normalised,
     "weight_average": _WeightAverage,
+    "by_step": _ByStep,
     "cached": _Cached,
     "remote": _Remote,
 }

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from rlhf_env.errors import DataError
+from rlhf_env.errors import ConfigError, DataError
 from rlhf_env.records.jsonl import require_keys
 from rlhf_env.reward_models.classifier import ClassifierReward
+from rlhf_env.reward_models.heads import Rated
 from rlhf_env.reward_models.learning import learn, require_taken
 from rlhf_env.reward_models.normalise import moments
 from rlhf_env.settings import BradleyTerryConfig
@@ -55,8 +56,11 @@ def fit_ratings(
 ) -> Iterator[dict[str, float]]:
     """Minimise the mean (logit − standardised rating)²; yields metrics per step, `batch_size` being ratings.
 
-    Afterwards `score` is in the unit of the ratings, until it is normalised on something else.
+    `reward` has the head `Rated`, so that nobody takes its logit for one of preferences.
+    Afterwards `logits` is in the unit of the ratings, and so is `score` until it is normalised.
     """
+    if not isinstance(reward.head, Rated):
+        raise ConfigError("a model of ratings has the head Rated: new_reward_model(body, head=Rated())")
     require_taken(config, "a model of ratings", ("l2",))
     numbers = np.array([r.rating for r in ratings], dtype=np.float64)
     if len(numbers) < 2 or numbers.std() == 0:
@@ -65,22 +69,22 @@ def fit_ratings(
     rows = reward.encode([r.prompt for r in ratings], [r.response for r in ratings])
 
     def loss_of(batch: list[int]) -> tuple[Tensor, dict[str, float]]:
-        logits = reward.forward([rows[i] for i in batch])
+        logits = reward.read([rows[i] for i in batch])[:, 0]
         error = logits - logits.new_tensor((numbers[batch] - mean) / std)
         return error.square().mean() + config.l2 * logits.square().mean(), {}
 
     yield from learn(reward, len(rows), loss_of, config, seed)
-    reward.model.config.update({"reward_mean": -mean / std, "reward_std": 1 / std})
+    reward.head = Rated(mean, std)
 
 
 def measure_ratings(reward: ClassifierReward, ratings: Sequence[Rating]) -> dict[str, float]:
-    """`rmse`, the root of the mean squared error in the unit of the ratings, and their `correlation` with the score.
+    """`rmse`, the root of the mean squared error in the unit of the ratings, and their `correlation` with what is said.
 
-    Pearson's; not there where scores or ratings do not vary.
+    Pearson's; not there where one of them does not vary. Whether the score is normalised changes neither.
     """
     if not ratings:
         raise DataError("there are no ratings to measure on")
-    scores = reward.score([r.prompt for r in ratings], [r.response for r in ratings])
+    scores = reward.logits([r.prompt for r in ratings], [r.response for r in ratings])
     numbers = np.array([r.rating for r in ratings], dtype=np.float64)
     measured = {"rmse": float(np.sqrt(((scores - numbers) ** 2).mean()))}
     if scores.std() > 0 and numbers.std() > 0:

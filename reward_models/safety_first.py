@@ -28,9 +28,9 @@ from rlhf_env.types import RewardModel
 class SafetyFirst:
     """The logit of `safety` where it says "unsafe" or the prompt is `tagged`, and that of `helpfulness` elsewhere.
 
-    A classifier's are its `log_odds`, before it is normalised, since σ of nothing else is a probability; the scores of
-    any other model are taken for logits as they are. A cached classifier gives scores alone and is refused: the cache
-    belongs around the whole.
+    A classifier's are its `label_log_odds`, before it is normalised, since σ of nothing else is a probability; the
+    scores of any other model are taken for logits as they are. A cached classifier gives scores alone and is refused:
+    the cache belongs around the whole.
     """
 
     safety: RewardModel | ScoreFn
@@ -59,4 +59,4 @@ class SafetyFirst:
 
 def _logits_of(model: Any) -> Any:
     """What says the log-odds of `model`: a method of it, or the model itself."""
-    return getattr(model, "log_odds", None) or getattr(model, "logits", model)
+    return getattr(model, "label_log_odds", None) or getattr(model, "logits", model)

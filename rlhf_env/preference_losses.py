@@ -42,9 +42,10 @@ def rao_kupper(difference: Tensor, theta: Tensor | float) -> Tensor:
     equals tie with probability (θ − 1)/(θ + 1). Rao & Kupper 1967, "Ties in paired-comparison
     experiments: a generalization of the Bradley–Terry model".
     """
-    ratio = torch.as_tensor(theta, dtype=difference.dtype, device=difference.device)
-    first, second = logsigmoid(difference - ratio.log()), logsigmoid(-difference - ratio.log())
-    return torch.stack([first, (ratio.square() - 1).log() + first + second, second], dim=-1)
+    ratio = torch.as_tensor(theta, dtype=torch.float64)  # in float32, θ = 1 + 1e-8 would be 1 and its gradient NaN
+    least, excess = (x.to(difference) for x in (ratio.log(), (ratio - 1).log() + (ratio + 1).log()))
+    first, second = logsigmoid(difference - least), logsigmoid(-difference - least)
+    return torch.stack([first, excess + first + second, second], dim=-1)
 
 
 def outcome_loss(log_probs: Tensor, preference: Tensor, target: Tensor | None = None) -> Tensor:

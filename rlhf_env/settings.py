@@ -95,6 +95,73 @@ _OF_PAIRS = {"ties": "half", "margin": 0.0, "label_smoothing": 0.0, "flip_rate":
 
 
 @dataclass(frozen=True)
+class BradleyTerryKind:
+    """One score, such that differences predict preferences; how it learns, `fit` says."""
+
+
+@dataclass(frozen=True)
+class AnnotatorsKind:
+    """A score for each labeler, learned from their own judgements."""
+
+    aggregate: Literal["min", "mean"] = "min"  #: the least of the labelers' scores, or their mean by judgements
+
+
+@dataclass(frozen=True)
+class MixtureKind:
+    """A score for each of a few groups of labelers, who belongs where being found by expectation–maximisation."""
+
+    groups: int = 2  #: how many, called group1, group2 …
+    rounds: int = 5  #: of asking anew where labelers belong; each is fit.epochs of learning
+    aggregate: Literal["min", "mean"] = "min"  #: the least of the groups' scores, or their mean by share of labelers
+
+    def __post_init__(self) -> None:
+        require(self, groups=(2, None), rounds=(1, None))
+
+
+@dataclass(frozen=True)
+class MeanVarianceKind:
+    """A mean and a deviation of each response, over those who judge; preferences are probit."""
+
+    risk: float = 0.0  #: deviations that are taken off the mean; 1.28 is the score that nine of ten would exceed
+
+
+@dataclass(frozen=True)
+class DisentangledKind:
+    """Quality and length on two heads, of which quality is the score (ODIN)."""
+
+    of_length: float = 1.0  #: weight of the correlations with length
+    orthogonal: float = 1.0  #: weight of the cosine between the heads
+
+    def __post_init__(self) -> None:
+        require(self, of_length=(0, None), orthogonal=(0, None))
+
+
+@dataclass(frozen=True)
+class RatingsKind:
+    """A score that predicts ratings: rows of "prompt", "response" and "rating"."""
+
+
+@dataclass(frozen=True)
+class StepsKind:
+    """A probability that each step of a response is right: rows of "prompt", "steps" and "labels"."""
+
+    aggregate: Literal["product", "min", "last"] = "product"  #: what makes one score of the steps' probabilities
+    separator: str = "\n"  #: what stands between steps
+
+
+#: The kinds of reward model that can be learned, each with what its settings are.
+REWARD_KINDS: dict[str, type] = {
+    "bradley_terry": BradleyTerryKind,
+    "annotators": AnnotatorsKind,
+    "mixture": MixtureKind,
+    "mean_variance": MeanVarianceKind,
+    "disentangled": DisentangledKind,
+    "ratings": RatingsKind,
+    "steps": StepsKind,
+}
+
+
+@dataclass(frozen=True)
 class HTTPConfig:
     """How patient a client is with a server."""
 

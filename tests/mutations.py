@@ -45,6 +45,8 @@ CLASSIFIER = "tests/reward_models/test_classifier.py"
 EVALUATE = "tests/training/test_evaluate.py"
 PREFERENCE_LOSSES = "tests/test_preference_losses.py"
 GROUPS = "tests/reward_models/test_groups.py"
+MEAN_VARIANCE = "tests/reward_models/test_mean_variance.py"
+PROCESS = "tests/reward_models/test_process.py"
 LINEAR = "tests/reward_models/test_linear.py"
 BRADLEY_TERRY = "tests/reward_models/test_bradley_terry.py"
 SFT = "tests/models/test_sft.py"
@@ -1311,7 +1313,7 @@ MUTATIONS = [
     Mutation(
         "Rao and Kupper's tie has the wrong factor",
         "rlhf_env/preference_losses.py",
-        "(ratio.square() - 1).log()",
+        "(ratio - 1).log() + (ratio + 1).log()",
         "(ratio - 1).log()",
         f"{PREFERENCE_LOSSES}::test_the_three_outcomes_sum_to_one_and_turn_with_the_order",
     ),
@@ -1342,6 +1344,55 @@ MUTATIONS = [
         "joint = log_likelihood + weights.log()",
         "joint = log_likelihood",
         f"{GROUPS}::test_the_e_step_by_hand",
+    ),
+    Mutation(
+        "a step is read at its first token",
+        "reward_models/steps.py",
+        "range(len(offsets) - 1, -1, -1)",
+        "range(len(offsets))",
+        f"{PROCESS}::test_the_token_of_a_character",
+    ),
+    Mutation(
+        "a step knows what comes after it",
+        "reward_models/classifier.py",
+        "found[i] = row[tokens or [len(places[i][0]) - 1]]",
+        "found[i] = row[[len(places[i][0]) - 1] * max(len(tokens), 1)]",
+        f"{PROCESS}::test_a_step_knows_nothing_of_later_ones_of_batch_mates_or_of_padding",
+    ),
+    Mutation(
+        "a steps' product is a mean",
+        "reward_models/heads.py",
+        '"product": p.prod()',
+        '"product": p.mean()',
+        f"{PROCESS}::test_what_the_steps_make_by_hand",
+    ),
+    Mutation(
+        "steps are paid their score instead of its change",
+        "reward_models/process.py",
+        "np.diff([next(scores) for _ in at], prepend=0.0)",
+        "np.array([next(scores) for _ in at])",
+        f"{PROCESS}::test_paid_by_step_an_episode_has_the_score_of_the_model",
+    ),
+    Mutation(
+        "uncertainty is measured as if it were none",
+        "reward_models/heads.py",
+        "z = (m1 - m2) / (v1 + v2).sqrt()",
+        "z = m1 - m2",
+        f"{MEAN_VARIANCE}::test_it_is_measured_by_the_probability_that_it_states",
+    ),
+    Mutation(
+        "the groups' probabilities are averaged as log-odds",
+        "reward_models/heads.py",
+        "return (share + logsigmoid(difference)).logsumexp(-1) - (share + logsigmoid(-difference)).logsumexp(-1)",
+        "return (share.exp() * difference).sum(-1)",
+        f"{GROUPS}::test_the_probability_that_groups_state_is_that_of_somebody_drawn_by_weight",
+    ),
+    Mutation(
+        "whoever judged once begins in the best group",
+        "reward_models/groups.py",
+        "common = (said(posterior, 0).mean(1) / answers.clip(1))[answers > 0]\n    posterior[answers > 0] =",
+        "common = said(posterior, 0).mean(1) / answers.clip(1)\n    posterior[:] =",
+        f"{GROUPS}::test_whoever_judged_once_starts_in_no_group",
     ),
     Mutation(
         "the best group speaks for all",

@@ -164,10 +164,11 @@ def test_tulu_reads_grades_policies_and_labelers(example, tmp_path):
 
 
 def test_mixed_annotators_rank_by_borda_and_are_told_apart(example):
-    lines = example("reward_models/mixed_annotators.py", "--populations", 20, "--each", 40)
+    lines = example("reward_models/mixed_annotators.py", "--populations", 20)
     borda, utility = int(lines[0][5]), int(lines[0][9])
     assert borda == 20 > utility
     assert lines[-1][-2:] != lines[-2][-2:] and len(lines) == 7
+    assert lines[3][3:6] == ["12", "of", "12"]
 
 
 def test_kwise_prints_a_row_for_each_way(example):

@@ -155,6 +155,16 @@ def test_gradients_of_ties_by_differences_and_none_between_equals(log_probs) -> 
     assert d.grad is not None and d.grad[2] == 0 and d.grad[1] < 0  # the tied are pulled together, up from −2
 
 
+@pytest.mark.parametrize("excess", [1e-3, 1e-7, 1e-12])
+def test_ties_so_rare_that_float32_has_no_number_for_them(excess) -> None:
+    """θ = 1 + 1e-7 is 1 in float32: log(θ² − 1) must be that of the θ given, with gradient 1/(θ − 1) + 1/(θ + 1)."""
+    d, theta = torch.zeros(1), torch.tensor(1 + excess, dtype=torch.float64, requires_grad=True)
+    tie = rao_kupper(d, theta)[0, 1]
+    assert tie.item() == pytest.approx(math.log(excess / 2), rel=1e-4)  # (θ − 1)/(θ + 1), between equals
+    tie.backward()
+    assert theta.grad is not None and theta.grad.item() == pytest.approx(1 / excess, rel=2e-3)
+
+
 # --- labels that err -------------------------------------------------------------------------------
 
 

@@ -131,7 +131,7 @@ class Column:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--populations", type=int, default=200)
-    parser.add_argument("--each", type=int, default=120, help="comparisons by each person")
+    parser.add_argument("--each", type=int, default=120, help="comparisons by each person; of 80 the groups merge")
     parser.add_argument("--seeds", type=int, default=1, help="of the two groups")
     args = parser.parse_args()
     borda, utility, best = populations(args.populations)

@@ -10,6 +10,7 @@ import typer
 
 from rlhf_env.cli import settings as cli
 from rlhf_env.errors import ConfigError
+from rlhf_env.settings import REWARD_KINDS
 from rlhf_env.training.config import FineTuneConfig, PreferConfig, ReviseConfig, RewardConfig
 
 _SFT, _PREFER, _REVISE, _REWARD = (
@@ -31,12 +32,17 @@ _REVISE_FLAGS = {
     **{name: f"writer.{name}" for name in ("model", "served_name", "max_new_tokens", "temperature")},
     "judge": "judge.model",
 }
-_REWARD_FLAGS = _COMMON | _FIT | {n: n for n in ("comparisons", "body", "reference", "prompts", "gold", "held_out")}
-_REWARD_FLAGS |= {"max_new_tokens": "env.max_new_tokens"}
+_REWARD_FLAGS = _COMMON | _FIT | {"kind": "kind", "max_new_tokens": "env.max_new_tokens"}
+_REWARD_FLAGS |= {n: n for n in ("comparisons", "body", "reference", "prompts", "gold", "held_out")}
 MORE_TO_SFT = cli.rest_of(_SFT, _SFT_FLAGS)
 MORE_TO_PREFER = cli.rest_of(_PREFER, _PREFER_FLAGS)
 MORE_TO_REVISE = cli.rest_of(_REVISE, _REVISE_FLAGS)
-MORE_TO_REWARD = cli.rest_of(_REWARD, _REWARD_FLAGS)
+MORE_TO_REWARD = cli.rest_of(_REWARD, _REWARD_FLAGS) + "".join(
+    f"\n  settings.{key} (of {kind}): {sentence}"
+    for kind, own in REWARD_KINDS.items()
+    for key, sentence in cli.sentences(own).items()
+)
+_KIND = f"{_REWARD['kind']} One of {', '.join(REWARD_KINDS)}."
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=cli.OVERRIDES)]
 Out = Annotated[Path | None, typer.Option(help="The stage's folder, new or empty.")]
@@ -155,6 +161,7 @@ def revise(
 def reward(
     overrides: Overrides = None,
     comparisons: Annotated[str | None, typer.Option(help=_REWARD["comparisons"])] = None,
+    kind: Annotated[str | None, typer.Option(help=_KIND)] = None,
     body: Annotated[str | None, typer.Option(help=_REWARD["body"])] = None,
     out: Out = None,
     reference: Annotated[str | None, typer.Option(help=_REWARD["reference"])] = None,
@@ -171,7 +178,7 @@ def reward(
     config: Config = None,
     threads: Threads = None,
 ) -> None:
-    """Learn a reward model from comparisons (Bradley-Terry): OUT/model, a Hugging Face sequence classifier.
+    """Learn a reward model from what people said: OUT/model, a Hugging Face sequence classifier.
 
     It is measured on comparisons held out, and normalised: responses of the reference score mean 0, variance 1.
     """

@@ -53,11 +53,9 @@ def ranked_by(comparisons: Sequence[Comparison], values: Sequence[Floats]) -> li
     return [Comparison(c.prompt, c.responses, tuple(r)) for c, r in zip(comparisons, ranks, strict=True)]
 
 
-def differences(comparisons: Sequence[Comparison], scores: Sequence[Floats]) -> tuple[Floats, Floats]:
-    """Score differences [P] and preferences [P] of all pairs, as `Comparison.pairs` orders them."""
-    rows = [(s[i] - s[j], p) for c, s in zip(comparisons, scores, strict=True) for i, j, p in c.pairs]
-    d, y = np.array(rows, dtype=np.float64).reshape(-1, 2).T
-    return d, y
+def differences(comparison: Comparison, scores: Floats) -> Floats:
+    """Score differences [P] of all pairs, as `Comparison.pairs` orders them."""
+    return np.array([scores[i] - scores[j] for i, j, _ in comparison.pairs], dtype=np.float64)
 
 
 def calibration(difference: ArrayLike, preference: ArrayLike) -> dict[str, Any]:
@@ -90,23 +88,35 @@ def calibration(difference: ArrayLike, preference: ArrayLike) -> dict[str, Any]:
     }
 
 
-def measure_logits(comparisons: Sequence[Comparison], logits: Sequence[Floats]) -> dict[str, Any]:
-    """`accuracy`, `margin` (mean lead of the preferred response, ties left out), `calibration`, `pairs` and `ties`."""
-    d, y = differences(comparisons, logits)
+def measure_logits(
+    comparisons: Sequence[Comparison], logits: Sequence[Floats], log_odds: Sequence[Floats] | None
+) -> dict[str, Any]:
+    """`accuracy`, `margin` (mean lead of the preferred response, ties left out), `calibration`, `pairs` and `ties`.
+
+    `log_odds` [P] of each comparison are those of its pairs as the model states them, for a Bradley–Terry model the
+    `differences` of its logits; none: it states no probability, and there is no calibration.
+    """
+    d, y = _all_pairs(comparisons, [differences(c, s) for c, s in zip(comparisons, logits, strict=True)])
     leads = (d * np.sign(y - 0.5))[y != 0.5]
     return {
         **accuracy("accuracy", comparisons, logits),
         **({"margin": float(leads.mean())} if len(leads) else {}),
-        **calibration(d, y),
+        **({} if log_odds is None else calibration(*_all_pairs(comparisons, log_odds))),
         "pairs": len(y),
         "ties": int((y == 0.5).sum()),
     }
 
 
+def _all_pairs(comparisons: Sequence[Comparison], of_pairs: Sequence[Floats]) -> tuple[Floats, Floats]:
+    """What is said of each comparison's pairs, one after the other [P], and their preferences [P]."""
+    y = np.array([p for c in comparisons for _, _, p in c.pairs], dtype=np.float64)
+    return np.concatenate([np.zeros(0), *of_pairs]), y
+
+
 def measure_scores(
     comparisons: Sequence[Comparison],
     scores: Sequence[Floats],
-    logits: Sequence[Floats] | None = None,
+    log_odds: Sequence[Floats] | None = None,
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -114,20 +124,17 @@ def measure_scores(
 
     `accuracy` with its interval; `kendall_tau`; `length` (`length_effect`); `by_labeler` and `by_policies`
     (`accuracy_by`); the `scaled_calibration` of the scores, whose scale is fitted on one half of the prompts and
-    measured on the other; `score_mean` and `score_std` over the responses. Where scores are those of a Bradley–Terry
-    model, give its `logits`: then `measure_logits` says how true they are before any scaling, and `scale` is theirs.
+    measured on the other; `score_mean` and `score_std` over the responses. Where the model states probabilities of
+    preferences, give the `log_odds` of each comparison's pairs: then `calibration` says how true they are before any
+    scaling, and `scale` is theirs.
     """
     halves: tuple[list[int], list[int]] = ([], [])
     for i, c in enumerate(comparisons):
         halves[hash_fraction(normalised(c.prompt), f"scale {seed}") < 0.5].append(i)
-    unscaled = scores if logits is None else logits
+    leads = [differences(c, s) for c, s in zip(comparisons, scores, strict=True)] if log_odds is None else log_odds
     prompts = [comparisons[i].prompt for i in halves[0] for _ in comparisons[i].pairs]
-    learned, measured = (differences([comparisons[i] for i in half], [unscaled[i] for i in half]) for half in halves)
-    if logits is None:
-        _, y = differences(comparisons, scores)
-        found = accuracy("accuracy", comparisons, scores) | {"pairs": len(y), "ties": int((y == 0.5).sum())}
-    else:
-        found = measure_logits(comparisons, logits)
+    learned, measured = (_all_pairs([comparisons[i] for i in half], [leads[i] for i in half]) for half in halves)
+    found = measure_logits(comparisons, scores, log_odds)
     flat = np.concatenate(scores)
     return {
         **found,

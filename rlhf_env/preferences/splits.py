@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -19,14 +20,20 @@ def normalised(prompt: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
-def split_by_prompt(
-    comparisons: Sequence[Comparison], share: float, seed: int
-) -> tuple[list[Comparison], list[Comparison]]:
+class _Prompted(Protocol):
+    @property
+    def prompt(self) -> str: ...
+
+
+Asked = TypeVar("Asked", bound=_Prompted)
+
+
+def split_by_prompt(comparisons: Sequence[Asked], share: float, seed: int) -> tuple[list[Asked], list[Asked]]:
     """Comparisons to learn from and comparisons held out, about `share` of all, each in the order given.
 
-    All comparisons of a prompt, and of prompts that are `normalised` alike, are on one side, so that what is measured
-    was never seen, and each side has a prompt at least. Where all have the same prompt, single comparisons are held out
-    instead.
+    Whatever has a prompt is split like comparisons. All of a prompt, and of prompts that are `normalised` alike, are on
+    one side, so that what is measured was never seen, and each side has a prompt at least. Where all have the same
+    prompt, single comparisons are held out instead.
     """
     if not 0 < share < 1:
         raise ConfigError(f"the share of comparisons held out must be between 0 and 1, it is {share}")

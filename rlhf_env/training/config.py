@@ -9,9 +9,19 @@ from typing import Any, Literal
 from rlhf_env.errors import ConfigError
 from rlhf_env.http import is_url
 from rlhf_env.preferences.queries import Rule, Schedule
-from rlhf_env.settings import BradleyTerryConfig, HTTPConfig, LabelerConfig, ServerConfig, SFTConfig
+from rlhf_env.records.config import Layer, build
+from rlhf_env.settings import (
+    REWARD_KINDS,
+    BradleyTerryConfig,
+    HTTPConfig,
+    LabelerConfig,
+    ServerConfig,
+    SFTConfig,
+)
 
 DType = Literal["float32", "float64", "bfloat16", "float16"]
+
+RewardKind = Literal["bradley_terry", "annotators", "mixture", "mean_variance", "disentangled", "ratings", "steps"]
 
 BUDGETS = ("tokens", "episodes", "updates", "queries")
 DEFAULT_TOKENS = 200_000
@@ -227,9 +237,11 @@ class ReviseConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """A reward model from comparisons (Bradley–Terry), normalised on responses of the reference."""
+    """A reward model of some kind from what people said, normalised on responses of the reference."""
 
-    comparisons: str  #: file of comparisons, .jsonl or .json in any form that is read (ours, TRL's …), or hf:NAME
+    comparisons: str  #: file of comparisons, in any form that is read, or of what `kind` learns from; or hf:NAME
+    kind: RewardKind = "bradley_terry"  #: what is learned; ratings and steps have files of their own form
+    settings: dict[str, Any] = field(default_factory=dict)  #: the kind's own, e.g. settings.groups=3 of mixture
     body: str | None = None  #: folder or hub name of the model that gets the reward head; none: a new one, see new
     held_out: float = 0.1  #: share of the comparisons, by prompt, that is measured on and never learned from
     eval_comparisons: str | None = None  #: file of comparisons to measure on; none: that share is held out for it
@@ -256,6 +268,14 @@ class RewardConfig:
         _require_share("held_out", self.held_out)
         if (self.reference is None) != (self.prompts is None):
             raise ConfigError("to normalise on responses of a reference, give both reference and prompts, or neither")
+        _ = self.own
+        if self.gold is not None and self.kind in ("ratings", "steps"):
+            raise ConfigError(f"gold says which response is better, and {self.kind} compare none: leave it out")
+
+    @property
+    def own(self) -> Any:
+        """The settings of the kind, checked: one of `REWARD_KINDS`."""
+        return build(REWARD_KINDS[self.kind], Layer(f"the kind {self.kind}", self.settings), prefix="settings.")
 
 
 @dataclass(frozen=True)

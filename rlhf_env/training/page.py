@@ -11,7 +11,7 @@ from rlhf_env.records.atomic import write_atomic
 from rlhf_env.records.run import Run
 from rlhf_env.report.content import Chart, Histogram, Point, Report, Response, Sample, Series, Table
 from rlhf_env.report.page import render_report
-from rlhf_env.training.report import axis, interval
+from rlhf_env.training.report import axis, decimal, interval
 
 _METRICS = ("score", "gold", "kl", "kl_bound", "win_rate", "length", "eos_rate", "distinct_1", "distinct_2")
 _TITLES = {"score": "Score", "gold": "Gold", "kl": "KL to the reference"}
@@ -114,8 +114,12 @@ def stage_result(name: str, summary: Mapping[str, Any]) -> str:
             line += f"; {summary['unparsed']:,} of {summary['replies']:,} replies hold no verdict"
         return line
     if name == "reward":
-        gold = f", with gold {interval(summary, 'gold_accuracy')}" if "gold_accuracy" in summary else ""
-        return f"accuracy on {summary['held_out']:,} held-out comparisons {interval(summary, 'accuracy')}{gold}"
+        noun = next(noun for noun in ("ratings", "solutions", "comparisons") if noun in summary)
+        if noun == "ratings":
+            return f"error on {summary['held_out']:,} held-out ratings {decimal(summary['rmse'])} (root mean square)"
+        told = f"accuracy on {summary['held_out']:,} held-out {noun} {interval(summary, 'accuracy')}"
+        also = {"own_accuracy": "by the score of whoever judged", "gold_accuracy": "with gold"}
+        return told + "".join(f", {words} {interval(summary, name)}" for name, words in also.items() if name in summary)
     if name == "train":
         rate = f", {summary['tokens_per_second']:,.0f} tokens per second" if summary["tokens"] else ""
         return f"{summary['updates']:,} updates{rate}"

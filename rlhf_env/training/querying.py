@@ -19,7 +19,7 @@ from rlhf_env.preferences.comparisons import read_comparisons, write_comparisons
 from rlhf_env.preferences.labelers import label_agreement, utilities_of
 from rlhf_env.preferences.populations import Population
 from rlhf_env.preferences.queries import Rule, differing, disagreement, pair_leads, select
-from rlhf_env.preferences.reward_metrics import measure_logits, ranked_by
+from rlhf_env.preferences.reward_metrics import accuracy, differences, measure_logits, ranked_by
 from rlhf_env.preferences.splits import split_by_prompt
 from rlhf_env.records.config import to_dict
 from rlhf_env.records.jsonl import read_jsonl, write_jsonl
@@ -136,7 +136,7 @@ def run_pool(config: PoolConfig, out: str | Path, *, progress: Progress | None =
         summary["disagreement"] = float(disagreement(pair_leads(logits)[..., i, j]).mean())
         truth = utilities_of(load_reward(config.gold, device=device), asked, responses)
         unranked = [Comparison(prompt, those, (0,) * k) for prompt, those in zip(asked, responses, strict=True)]
-        summary |= _named(measure_logits(ranked_by(unranked, truth), list(logits.mean(0))), "accuracy", "accuracy_pool")
+        summary |= accuracy("accuracy_pool", ranked_by(unranked, truth), list(logits.mean(0)))
     write_jsonl(out / "pool.jsonl", rows)
     run.write_summary({**summary, "seconds": time.perf_counter() - began})
     return run.summary
@@ -196,7 +196,8 @@ def run_labels(config: LabelsConfig, out: str | Path) -> dict[str, Any]:
         texts = ((row["prompt"], text) for row in rows for text in row["responses"])
         known = dict(zip(texts, logits.mean(0).flat, strict=True))
         said = [np.array([known[c.prompt, text] for text in c.responses]) for c in comparisons]
-        measured = measure_logits(comparisons, said)
+        leads = [differences(c, those) for c, those in zip(comparisons, said, strict=True)]
+        measured = measure_logits(comparisons, said, leads)
         summary |= _named(measured, "accuracy", "accuracy_new_pairs") | {"log_loss_new_pairs": measured["log_loss"]}
     run.write_summary({**summary, "seconds": time.perf_counter() - began})
     return run.summary

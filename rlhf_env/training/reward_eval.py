@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from rlhf_env.preferences.reward_metrics import (
 from rlhf_env.preferences.reward_suite import generated_suite, measure_suite, read_suite, suite_texts
 from rlhf_env.records.config import to_dict
 from rlhf_env.records.run import Run, require_free
+from rlhf_env.reward_models.bradley_terry import stated
 from rlhf_env.reward_models.classifier import ClassifierReward
 from rlhf_env.reward_models.ensemble import Ensemble
 from rlhf_env.reward_models.load import load_reward
@@ -73,11 +74,10 @@ def run_reward_eval(
     items = read_suite(config.suite) if config.suite not in (None, "generated") else []
 
     asked = [c.prompt for c in comparisons], [c.responses for c in comparisons]
-    scores = utilities_of(reward, *asked)
-    logits = [s * reward.std + reward.mean for s in scores] if _gives_logits(reward) else None
+    scores, log_odds = _scores(reward, comparisons)
     summary: dict[str, Any] = {"comparisons": len(comparisons), "identical": identical}
     summary |= {} if gold_name is None else {"gold": gold_name}
-    summary |= measure_scores(comparisons, scores, logits, seed=config.seed)
+    summary |= measure_scores(comparisons, scores, log_odds, seed=config.seed)
     by_gold = comparisons
     if gold is not None:
         utilities = utilities_of(gold, *asked)
@@ -214,9 +214,12 @@ def _draw(config: RewardEvalConfig, progress: Progress | None) -> tuple[list[str
     return prompts, [tuple(texts[i : i + n]) for i in range(0, len(texts), n)]
 
 
-def _gives_logits(reward: Any) -> TypeGuard[ClassifierReward]:
-    """Whether scores are taken for those of a Bradley–Terry model: a classifier of one logit is."""
-    return isinstance(reward, ClassifierReward) and reward.model.config.num_labels == 1
+def _scores(reward: Any, comparisons: Sequence[Comparison]) -> tuple[list[Floats], list[Floats] | None]:
+    """The scores [K] of every comparison's responses, and the log-odds of its pairs where the model states them."""
+    if not isinstance(reward, ClassifierReward):
+        return utilities_of(reward, [c.prompt for c in comparisons], [c.responses for c in comparisons]), None
+    logits, log_odds = stated(reward, comparisons)
+    return [(those - reward.mean) / reward.std for those in logits], log_odds
 
 
 def _origin(config: RewardEvalConfig) -> dict[str, Any]:

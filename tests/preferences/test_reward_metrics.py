@@ -14,6 +14,7 @@ from rlhf_env.preferences.reward_metrics import (
     average_ranks,
     calibration,
     correlation,
+    differences,
     kendall_tau,
     length_effect,
     measure_scores,
@@ -226,8 +227,9 @@ def test_unit_and_origin_of_scores_change_only_the_scale(rankings):
 
 def test_only_logits_are_taken_for_probabilities(rankings):
     comparisons, scores = rankings
-    plain, logits = measure_scores(comparisons, scores), measure_scores(comparisons, scores, scores)
-    assert logits.keys() - plain.keys() == {"margin", "log_loss", "brier", "ece", "reliability"}
+    log_odds = [differences(c, s) for c, s in zip(comparisons, scores, strict=True)]
+    plain, logits = measure_scores(comparisons, scores), measure_scores(comparisons, scores, log_odds)
+    assert logits.keys() - plain.keys() == {"log_loss", "brier", "ece", "reliability"}
     assert {name: logits[name] for name in plain} == plain
 
 

@@ -18,9 +18,11 @@ from rlhf_env.models.tiny import tiny_config
 from rlhf_env.reward_models import ClassifierReward, load_reward
 from rlhf_env.reward_models.bradley_terry import (
     BradleyTerryConfig,
+    TieParameter,
     fit_comparisons,
     measure_comparisons,
     new_reward_model,
+    pair_loss,
     usable,
 )
 from rlhf_env.text.tokenizers import byte_tokenizer, char_tokenizer
@@ -292,6 +294,22 @@ def test_how_often_equals_tie_is_learned(body):
         *_, row = fit_comparisons(reward, judged, config)
         assert row["tie_parameter"] == pytest.approx(expected, rel=0.02)
         assert abs(np.diff(reward.logits(["p ", "p "], ["good", "bad"]))[0]) < 0.1
+
+
+@pytest.mark.parametrize("ties", ["davidson", "rao_kupper"])
+def test_without_a_tie_their_number_falls_and_stays_finite(ties):
+    """Steps of 30 · 0.2: the log of it would be below what float32 can hold."""
+    config = BradleyTerryConfig(ties=ties)
+    parameter = TieParameter(config)
+    (learned,) = parameter.parameters
+    optimizer = torch.optim.Adam([learned], lr=0.2)
+    for _ in range(40):
+        cost = pair_loss(torch.ones(1), torch.ones(1), torch.zeros(1), config, parameter.value).sum()
+        optimizer.zero_grad()
+        cost.backward()
+        optimizer.step()
+        assert torch.isfinite(learned.grad).all()
+    assert 0 < float(parameter.value) - (ties == "rao_kupper") < 1e-9
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -56,6 +56,12 @@ def test_the_first_step_costs_what_the_formula_says(body):
     assert row["loss"] == pytest.approx(ranking + 0.5 * (abs(rho(q)) - rho(s)) + 2 * cos)
 
 
+def test_it_states_probabilities_by_the_sum_that_learned_to_predict():
+    first, second = torch.tensor([[1.0, 0.5]]), torch.tensor([[0.25, 2.0]])
+    assert Disentangled().log_odds(first, second).item() == -0.75
+    assert Disentangled().reduce(first - second).item() == 0.75
+
+
 def test_quality_knows_less_of_the_length_than_a_plain_reward(body, tmp_path):
     config = BradleyTerryConfig(learning_rate=1e-2, epochs=6, batch_size=32)
     plain, apart = new_reward_model(body), new_reward_model(body, head=Disentangled())

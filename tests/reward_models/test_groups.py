@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,8 +106,36 @@ def test_groups_are_compared_on_one_scale_saved_and_the_same_in_a_new_process(bo
     )
     said = subprocess.run([sys.executable, "-c", code, tmp_path, *texts], check=True, capture_output=True, text=True)
     assert said.stdout.split() == [x.hex() for x in reward.score(["p "] * 4, texts).tolist()]
-    with pytest.raises(ConfigError, match="leave out the label 'a'"):
-        load_reward(f"{tmp_path}:a")
+
+
+def test_one_group_alone_in_its_own_unit_and_nothing_is_lost_by_saving_it(body, tmp_path):
+    texts = ["good", "a bad one", "", "so so, but the music"]
+    reward = new_reward_model(body, head=Groups(("ann", "user:7"), (0.5, 0.5)))
+    each = reward.all_logits(["p "] * 4, texts)
+    reward.save_pretrained(tmp_path / "raw")
+    np.testing.assert_allclose(load_reward(f"{tmp_path / 'raw'}:ann").score(["p "] * 4, texts), each[:, 0], rtol=1e-12)
+    reward.normalize_on(["p "] * 4, texts)
+    reward.save_pretrained(tmp_path / "all")
+    for number, name in enumerate(reward.head.names):
+        alone = load_reward(f"{tmp_path / 'all'}:{name}")
+        column = each[:, number]
+        np.testing.assert_allclose(alone.score(["p "] * 4, texts), (column - column.mean()) / column.std(), atol=1e-9)
+        alone.save_pretrained(tmp_path / "again")
+        again = load_reward(str(tmp_path / "again"))
+        np.testing.assert_allclose(again.score(["p "] * 4, texts), reward.score(["p "] * 4, texts), rtol=1e-12)
+        mean, std = alone.normalize_on(["p "] * 3, texts[:3])
+        assert (mean, std) == (alone.mean, alone.std) == pytest.approx((column[:3].mean(), column[:3].std()))
+    with pytest.raises(ConfigError, match="ben"):
+        load_reward(f"{tmp_path / 'all'}:ben")
+
+
+def test_the_probability_that_groups_state_is_that_of_somebody_drawn_by_weight():
+    """¾ σ(log 3) + ¼ σ(−log 4) = ¾ · ¾ + ¼ · 1/5 = 0.6125, whatever unit the groups are compared in."""
+    first, second = torch.tensor([[math.log(3), 0.0]]), torch.tensor([[0.0, math.log(4)]])
+    odds = Groups(("a", "b"), (0.75, 0.25), means=(1.0, 2.0), stds=(3.0, 4.0)).log_odds(first, second)
+    assert odds.sigmoid().item() == pytest.approx(0.6125)
+    alone = Groups(("a", "b"), (1.0, 0.0)).log_odds(first, second)
+    assert alone.item() == pytest.approx(math.log(3))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -152,6 +181,9 @@ def test_what_groups_cannot_learn_from(body):
     reward = new_reward_model(body, head=TWO)
     with pytest.raises(DataError, match="no logit for 'plus 0'"):
         next(fit_annotators(reward, judged()[:3]))
+    ann = [replace(c, labeler="a") for c in judged()[:3]]
+    with pytest.raises(DataError, match="nothing is learned from 'b'"):  # whose untrained logit could be the least
+        next(fit_annotators(reward, ann))
     with pytest.raises(ConfigError, match="groups knows nothing of ties: leave"):
         next(fit_mixture(reward, judged()[:3], BradleyTerryConfig(ties="davidson")))
     with pytest.raises(ConfigError, match="has the head Groups"):
@@ -160,6 +192,46 @@ def test_what_groups_cannot_learn_from(body):
         with torch.no_grad():
             reward.model.score.weight.zero_()
         reward.normalize_on(["p"] * 2, ["good", "bad"])
+
+
+def test_labelers_who_cannot_be_told_apart_make_no_mixture(body):
+    """Of whom judged once, nothing is left to ask; and a group without people would score by an untrained logit."""
+    one = [replace(c, labeler="ann") for c in judged()]
+    once = [replace(c, labeler=f"{i}") for i, c in enumerate(judged())]
+    for those, message in (
+        ([replace(c, labeler="") for c in one], "say who judged"),
+        (one, "2 groups are found among at least 2 labelers who judged twice; these are 1"),
+        (once, "these are 0"),
+    ):
+        with pytest.raises(DataError, match=message):
+            next(fit_mixture(new_reward_model(body, head=TWO), those, FAST))
+
+
+def test_a_group_that_nobody_is_left_in_is_an_error(body, monkeypatch):
+    """Everything that anybody says is likelier under the first group."""
+    monkeypatch.setattr(
+        "rlhf_env.reward_models.groups._costs", lambda reward, those, config: np.tile([0.0, 9.0], (len(those), 1))
+    )
+    with pytest.raises(DataError, match="after round 1 no labeler is left in the group b"):
+        next(fit_mixture(new_reward_model(body, head=TWO), judged(), replace(FAST, epochs=1)))
+
+
+def test_whoever_judged_once_starts_in_no_group(body, monkeypatch):
+    """They are learned from by both alike; those who can be asked are split in two halves."""
+    begun = []
+
+    def learn(reward, comparisons, belongs, config, seed):
+        begun.append({c.labeler: tuple(row) for c, row in zip(comparisons, belongs, strict=True)})
+        return iter(())
+
+    monkeypatch.setattr("rlhf_env.reward_models.groups._fit_weighted", learn)
+    guests = [replace(c, labeler=f"guest {i}") for i, c in enumerate(judged(2)[:6])]
+    next(fit_mixture(new_reward_model(body, head=TWO), judged() + guests, FAST, rounds=2))
+    shares = begun[1]
+    assert {share for name, share in shares.items() if name.startswith("guest")} <= {(0.5, 0.5), (1.0, 0.0), (0.0, 1.0)}
+    asked = [share for name, share in shares.items() if not name.startswith("guest")]
+    assert set(asked) == {(1.0, 0.0), (0.0, 1.0)}
+    assert any(share == (0.5, 0.5) for share in shares.values())
 
 
 def test_a_body_that_had_groups_starts_anew(body, tmp_path):

@@ -169,3 +169,8 @@ def test_real_comparisons_are_predicted_better_than_by_chance(shared_data):
     learned, held_out = split_by_prompt(judged, 0.2, 0)
     assert 0.55 < measure_comparisons(fit_linear(learned, longest=1), held_out)["accuracy"] < 0.7
     assert measure_comparisons(LengthReward(-1), judged)["accuracy"] == pytest.approx(0.548, abs=5e-4)
+
+
+def test_a_longest_ngram_beyond_every_text_costs_no_time():
+    """config.json may say anything."""
+    assert LinearReward(("good",), np.array([1.0]), longest=10**15).score([""], ["good"]) == pytest.approx(math.log(2))

@@ -9,7 +9,8 @@ import torch
 
 from rlhf_env.errors import ConfigError
 from rlhf_env.reward_models import load_reward
-from rlhf_env.reward_models.bradley_terry import new_reward_model
+from rlhf_env.reward_models.bradley_terry import measure_comparisons, new_reward_model
+from rlhf_env.reward_models.classifier import ClassifierReward
 from rlhf_env.reward_models.heads import MeanVariance
 from rlhf_env.reward_models.mean_variance import fit_mean_variance, preferred
 from rlhf_env.settings import BradleyTerryConfig
@@ -69,6 +70,33 @@ def test_who_is_divisive_is_found_and_scored_with_caution(body, tmp_path):
     again = load_reward(str(tmp_path))
     assert again.head == MeanVariance(risk=1.0)
     np.testing.assert_array_equal(again.score([""] * 4, list(TEXTS)), reward.score([""] * 4, list(TEXTS)))
+
+
+def test_it_is_measured_by_the_probability_that_it_states():
+    """μ − σ and Φ(z) disagree: 3 ± 4 against 0 ± 0.5 leads by −0.5 and is preferred with Φ(3/√16.25) = 0.7716."""
+
+    class Told(ClassifierReward):
+        head, label = MeanVariance(risk=1.0), None
+
+        def __init__(self):
+            pass
+
+        def all_logits(self, prompts, responses):
+            told = {"wild": [3.0, math.log(math.expm1(4))], "tame": [0.0, math.log(math.expm1(0.5))]}
+            return np.array([told[r] for r in responses])
+
+    p = 0.5 * (1 + math.erf(3 / math.sqrt(16.25) / math.sqrt(2)))
+    measured = measure_comparisons(Told(), [Comparison("", ("wild", "tame"), (0, 1))])
+    assert measured["log_loss"] == pytest.approx(-math.log(p), abs=1e-6) == pytest.approx(0.2593, abs=1e-3)
+    assert measured["brier"] == pytest.approx((1 - p) ** 2, abs=1e-6)
+    assert measured["ece"] == pytest.approx(1 - p, abs=1e-6)
+    assert (measured["accuracy"], measured["margin"]) == (0.0, pytest.approx(-0.5, abs=1e-5))  # of the score
+
+
+def test_certainty_beyond_what_a_probability_can_hold_is_finite():
+    far, near = torch.tensor([[1e3, 0.0]], dtype=torch.float64), torch.tensor([[-1e3, 0.0]], dtype=torch.float64)
+    odds = MeanVariance().log_odds(far, near)
+    assert torch.isfinite(odds).all() and odds[0] > 1e5 and MeanVariance().log_odds(near, far)[0] == -odds[0]
 
 
 def test_what_does_not_fit_is_refused(body):

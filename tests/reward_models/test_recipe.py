@@ -54,7 +54,7 @@ def write(folder, recipe, name="reward.yaml"):
 
 
 def test_every_kind_has_a_recipe_here():
-    assert {*RECIPES, "remote", "weight_average"} == set(KINDS)
+    assert {*RECIPES, "remote", "weight_average", "by_step"} == set(KINDS)  # by_step: test_process.py
 
 
 @pytest.mark.parametrize("kind", RECIPES)

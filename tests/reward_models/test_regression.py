@@ -1,6 +1,7 @@
 """Ratings: a number for each response is predicted in its own unit."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ import torch
 
 from rlhf_env.errors import ConfigError, DataError
 from rlhf_env.reward_models import load_reward
-from rlhf_env.reward_models.bradley_terry import new_reward_model
+from rlhf_env.reward_models.bradley_terry import measure_comparisons, new_reward_model
+from rlhf_env.reward_models.heads import Rated
 from rlhf_env.reward_models.regression import Rating, fit_ratings, measure_ratings, read_ratings
 from rlhf_env.settings import BradleyTerryConfig
+from rlhf_env.types import Comparison
 from tests.reward_models.test_bradley_terry import write_body
 
 
@@ -27,25 +30,31 @@ def rated(count, seed):
 
 
 def test_the_first_step_is_the_squared_error_of_standardised_ratings(body):
-    reward = new_reward_model(body, dtype=torch.float64)
+    reward = new_reward_model(body, head=Rated(), dtype=torch.float64)
     a, b = reward.logits(["p ", "p "], ["good", "bad"])
     row = next(fit_ratings(reward, [Rating("p ", "good", 9.0), Rating("p ", "bad", 5.0)]))  # mean 7, deviation 2
     assert row["loss"] == pytest.approx(((a - 1) ** 2 + (b + 1) ** 2) / 2)
 
 
 def test_ratings_are_predicted_in_their_unit_and_kept(body, tmp_path):
-    reward = new_reward_model(body)
+    reward = new_reward_model(body, head=Rated())
     list(fit_ratings(reward, rated(128, 0), BradleyTerryConfig(learning_rate=1e-2, epochs=10, batch_size=16)))
     measured = measure_ratings(reward, rated(64, 1))
     assert measured["rmse"] < 2 and measured["correlation"] > 0.9
+    assert reward.score(["p "], ["abcabc+"]) == pytest.approx(20, abs=3)
+    reward.normalize_on(["p "] * 2, ["abcabc+", "abcabc-"])
+    assert reward.score(["p "], ["abcabc+"]) == pytest.approx(1)
+    assert measure_ratings(reward, rated(64, 1)) == measured
     reward.save_pretrained(tmp_path)
     again = load_reward(str(tmp_path))
     np.testing.assert_array_equal(again.score(["p "], ["abcabc+"]), reward.score(["p "], ["abcabc+"]))
+    found = measure_comparisons(again, [Comparison("p ", ("abcabc+", "abcabc-"), (0, 1))])
+    assert found["accuracy"] == 1 and not {"log_loss", "ece", "brier"} & found.keys()  # it states no probability
 
 
 def test_measures_by_hand():
     class Known:
-        def score(self, prompts, responses):
+        def logits(self, prompts, responses):
             return np.array([float(r) for r in responses])
 
     measured = measure_ratings(Known(), [Rating("", "1", 1.0), Rating("", "2", 4.0), Rating("", "3", 5.0)])
@@ -69,7 +78,9 @@ def test_ratings_in_files(tmp_path):
 
 def test_what_cannot_be_learned_from(body):
     with pytest.raises(DataError, match="2 ratings that do not differ"):
-        next(fit_ratings(new_reward_model(body), [Rating("", "a", 1.0), Rating("", "b", 1.0)]))
+        next(fit_ratings(new_reward_model(body, head=Rated()), [Rating("", "a", 1.0), Rating("", "b", 1.0)]))
+    with pytest.raises(ConfigError, match="has the head Rated"):
+        next(fit_ratings(new_reward_model(Path(body)), rated(4, 0)))
     with pytest.raises(ConfigError, match="knows nothing of margin and flip_rate"):
         config = BradleyTerryConfig(margin=1.0, flip_rate=0.1)
-        next(fit_ratings(new_reward_model(body), rated(4, 0), config))
+        next(fit_ratings(new_reward_model(body, head=Rated()), rated(4, 0), config))

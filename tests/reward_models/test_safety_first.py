@@ -56,10 +56,10 @@ def test_one_label_of_several_is_judged_by_its_probability_not_by_its_logit(tmp_
     save(tmp_path, labels=2)
     reward = ClassifierReward(tmp_path, label=0)
     reward.all_logits = lambda prompts, responses: np.array([[2.0, 4.0], [2.0, 1.0]])
-    np.testing.assert_allclose(reward.log_odds([""] * 2, ["a", "b"]), [-2, 1])
+    np.testing.assert_allclose(reward.label_log_odds([""] * 2, ["a", "b"]), [-2, 1])
     np.testing.assert_allclose(SafetyFirst(reward, helpfulness).score([""] * 2, ["a", "b"]), [-2, 7])
     reward.model.config.problem_type = "multi_label_classification"
-    np.testing.assert_allclose(reward.log_odds([""] * 2, ["a", "b"]), [2, 2])
+    np.testing.assert_allclose(reward.label_log_odds([""] * 2, ["a", "b"]), [2, 2])
 
 
 def test_the_log_odds_of_three_labels_are_those_of_their_softmax(tmp_path):
@@ -68,7 +68,7 @@ def test_the_log_odds_of_three_labels_are_those_of_their_softmax(tmp_path):
         reward = ClassifierReward(tmp_path, label=label)
         z = reward.all_logits([""], ["abc"])[0]
         p = np.exp(z[label]) / np.exp(z).sum()
-        np.testing.assert_allclose(reward.log_odds([""], ["abc"]), [np.log(p / (1 - p))], rtol=1e-6)
+        np.testing.assert_allclose(reward.label_log_odds([""], ["abc"]), [np.log(p / (1 - p))], rtol=1e-6)
 
 
 def test_a_cached_classifier_is_refused_since_its_logits_are_lost(tmp_path):

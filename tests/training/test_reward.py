@@ -21,7 +21,7 @@ from rlhf_env.reward_models.bradley_terry import new_reward_model
 from rlhf_env.settings import BradleyTerryConfig
 from rlhf_env.text.prompts import prompt_indices
 from rlhf_env.text.tokenizers import byte_tokenizer
-from rlhf_env.training import reward
+from rlhf_env.training import reward, reward_kinds
 from rlhf_env.training.collect import collect
 from rlhf_env.training.config import EnvConfig, NewModelConfig, RewardConfig
 from rlhf_env.training.reward import run_reward
@@ -74,26 +74,26 @@ def made(config, tmp_path_factory) -> Run:
 @pytest.fixture
 def started(monkeypatch) -> dict[str, Any]:
     """The head before anything is learned, and the seed of the order."""
-    started, fit = {}, reward.fit_comparisons
+    started, fit = {}, reward_kinds.fit_comparisons
 
     def spy(model, *args, seed):
         started.update(head=model.model.score.weight.detach().clone(), seed=seed)
         return fit(model, *args, seed=seed)
 
-    monkeypatch.setattr(reward, "fit_comparisons", spy)
+    monkeypatch.setattr(reward_kinds, "fit_comparisons", spy)
     return started
 
 
 @pytest.fixture
 def learned(monkeypatch) -> list[Comparison]:
     """What the reward model learns from."""
-    learned, fit = [], reward.fit_comparisons
+    learned, fit = [], reward_kinds.fit_comparisons
 
     def spy(model, comparisons, *args, **kwargs):
         learned.extend(comparisons)
         return fit(model, comparisons, *args, **kwargs)
 
-    monkeypatch.setattr(reward, "fit_comparisons", spy)
+    monkeypatch.setattr(reward_kinds, "fit_comparisons", spy)
     return learned
 
 
