@@ -270,7 +270,10 @@ class RewardConfig:
             raise ConfigError("to normalise on responses of a reference, give both reference and prompts, or neither")
         _ = self.own
         if self.gold is not None and self.kind in ("ratings", "steps"):
-            raise ConfigError(f"gold says which response is better, and {self.kind} compare none: leave it out")
+            raise ConfigError(
+                f"{self.kind} learns from files of its own, which compare no responses that gold could judge: learn it "
+                "without gold (rlhf-env reward), and name it as the reward where it is to be used"
+            )
 
     @property
     def own(self) -> Any:

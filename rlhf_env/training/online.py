@@ -38,7 +38,7 @@ from rlhf_env.training.querying import (
     run_pool,
 )
 from rlhf_env.training.report import interval, surroundings
-from rlhf_env.training.reward import run_reward
+from rlhf_env.training.reward import require_kind_of_comparisons, run_reward
 from rlhf_env.training.run import run_training
 from rlhf_env.training.stages import Stage, Watch, begin, finish, section
 
@@ -224,6 +224,7 @@ def _check_inputs(
     learn: RewardConfig = next(stage.config for stage in stages if isinstance(stage.config, RewardConfig))
     train: TrainConfig = next(stage.config for stage in stages if isinstance(stage.config, TrainConfig))
     check_agent(train)
+    require_kind_of_comparisons(learn)
     require_dashboards(train.log_to)
     labelers_of(config, cache(load_reward))
     load_reward(config.gold)

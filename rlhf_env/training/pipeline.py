@@ -36,7 +36,7 @@ from rlhf_env.training.inference import read_text, run_evaluation, unscored_envs
 from rlhf_env.training.page import stage_result, write_report
 from rlhf_env.training.prefer import labelers_of, run_prefer
 from rlhf_env.training.report import interval, surroundings
-from rlhf_env.training.reward import run_reward
+from rlhf_env.training.reward import require_kind_of_comparisons, run_reward
 from rlhf_env.training.run import run_training
 from rlhf_env.training.sft import prepare_sft, run_sft
 from rlhf_env.training.stages import Stage, Watch, begin, finish, section
@@ -167,6 +167,7 @@ def _check_inputs(
         unscored_envs(env, 1, eval_prompts, config.eval_prompts or file, policy)
     learn = next((stage.config for stage in stages if stage.name == "reward"), None)
     if learn is not None:
+        require_kind_of_comparisons(learn)
         comparisons = [] if config.comparisons is None else distinct(read_comparisons(config.comparisons))[0]
         if config.comparisons is not None and len(comparisons) < 2:
             raise DataError(f"{config.comparisons}: at least two comparisons of responses that differ are needed")

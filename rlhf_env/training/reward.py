@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_env.errors import DataError, RLHFEnvError
+from rlhf_env.errors import ConfigError, DataError, RLHFEnvError
 from rlhf_env.models.causal_lm import CausalLM, parse_dtype
 from rlhf_env.preferences.labelers import SimulatedLabeler, label_agreement, utilities_of
 from rlhf_env.preferences.splits import split_by_prompt
@@ -101,6 +101,15 @@ def run_reward(config: RewardConfig, out: str | Path, *, on_step: OnStep | None 
         summary |= label_agreement(held_out, utilities_of(gold, *asked))
     run.write_summary(summary)
     return run.summary
+
+
+def require_kind_of_comparisons(config: RewardConfig) -> None:
+    """Raise `ConfigError` where a stage that is handed comparisons would learn from something else."""
+    if KINDS[config.kind].data is not COMPARISONS:
+        raise ConfigError(
+            f"reward.kind {config.kind} learns from files of its own, and here it would be given comparisons: learn it "
+            "first (rlhf-env reward) and name it as the reward"
+        )
 
 
 def _sides(

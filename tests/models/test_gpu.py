@@ -15,8 +15,11 @@ import torch
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.scoring import teacher_forced_logp
 from rlhf_env.records.run import Run
+from rlhf_env.reward_models.load import load_reward
 from rlhf_env.training.agents import AGENTS
 from rlhf_env.training.collect import collect
+from rlhf_env.training.reward import run_reward
+from rlhf_env.training.reward_kinds import KINDS
 from rlhf_env.training.run import run_training
 from rlhf_env.types import SamplingLaw
 from tests.builders import PATHS, make_envs, random_model, read_by
@@ -25,6 +28,8 @@ from tests.models.test_blocks import model as blocks_model
 from tests.processes import run_together
 from tests.test_processes import numbers, trained_together
 from tests.tiny_training import left_by, tiny_training
+from tests.training.test_reward_kinds import TEXTS, files  # noqa: F401 (a fixture)
+from tests.training.test_reward_kinds import config as reward_config
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products ask for
 
@@ -110,6 +115,21 @@ def test_every_agent_trains_and_goes_on_there(agent, tmp_path):
     for row, other in zip(*(numbers(Run(tmp_path / n).metrics, without) for n in ("cpu", "gpu")), strict=True):
         assert other == pytest.approx(row, abs=1e-6, rel=1e-6)
     assert left_by(tmp_path / "stopped") == left_by(tmp_path / "gpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_reward_model_learns_there(kind, files, tmp_path):  # noqa: F811 (a fixture)
+    config = replace(reward_config(files, kind), dtype="float64")
+    here, there = (
+        run_reward(replace(config, device=device), tmp_path / device) | {"seconds": 0} for device in ("cpu", "cuda")
+    )
+    measured = {name: value for name, value in here.items() if isinstance(value, float)}
+    assert {name: there[name] for name in measured} == pytest.approx(measured, abs=1e-6, rel=1e-6)
+    scores = [
+        load_reward(str(tmp_path / folder / "model"), device=torch.device(folder)).score(["p "] * 4, TEXTS)
+        for folder in ("cpu", "cuda")
+    ]
+    np.testing.assert_allclose(*scores, atol=1e-5)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")

@@ -142,6 +142,7 @@ def test_a_plan_that_cannot_be_is_refused(config, change, message):
         ({"device": "abacus"}, ConfigError, "device 'abacus' cannot be used"),
         ({"env": EnvConfig(max_new_tokens=1000)}, RLHFEnvError, "exceed the model's context"),
         ({"reward": {"body": "./nowhere"}}, ConfigError, "there is no folder ./nowhere"),
+        ({"reward": {"kind": "steps"}}, ConfigError, "steps learns from files of its own"),
         ({"train": {"agent": "pppo"}}, ConfigError, "unknown agent 'pppo'"),
         ({"train": {"agent": "dpo"}}, ConfigError, "dpo samples nothing: it needs data"),
     ],

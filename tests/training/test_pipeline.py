@@ -200,6 +200,7 @@ def test_with_a_judge_nobody_needs_to_know_gold():
         ({"prefer": {"labelers": [{"gold": "vadr"}]}}, ConfigError, "Did you mean 'vader'"),
         ({"prefer": {"judge": {"model": "./nowhere"}}}, ConfigError, "there is no folder ./nowhere"),
         ({"prefer": {"judge": {"by": "log_odds"}}}, ConfigError, "a judge needs a model"),
+        ({"reward": {"kind": "ratings"}}, ConfigError, "ratings learns from files of its own"),
         ({"train": {"agent": "pppo"}}, ConfigError, "unknown agent 'pppo'; did you mean 'ppo'"),
         ({"train": {"agent": "sb3:DQN"}}, ConfigError, "DQN"),
         ({"train": {"settings": {"epocs": 2}}}, ConfigError, "epocs.*did you mean .*epochs"),

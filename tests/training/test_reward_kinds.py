@@ -143,7 +143,7 @@ def test_what_does_not_fit_the_kind_is_refused(files, tmp_path):
         config(files, "annotators", groups=3)
     with pytest.raises(ConfigError, match="needs groups of at least 2"):
         config(files, "mixture", groups=1)
-    with pytest.raises(ConfigError, match="ratings compare none"):
+    with pytest.raises(ConfigError, match="ratings learns from files of its own"):
         replace(config(files, "ratings"), gold="vader")
     rows = [{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in (1, 2)]
     nobody = write_rows(tmp_path / "nobody.jsonl", *rows)
