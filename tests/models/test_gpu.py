@@ -15,7 +15,7 @@ import torch
 from rlhf_env.models.causal_lm import CausalLM
 from rlhf_env.models.scoring import teacher_forced_logp
 from rlhf_env.records.run import Run
-from rlhf_env.reward_models.load import load_reward
+from rlhf_env.reward_models.classifier import ClassifierReward
 from rlhf_env.training.agents import AGENTS
 from rlhf_env.training.collect import collect
 from rlhf_env.training.reward import run_reward
@@ -126,10 +126,12 @@ def test_every_kind_of_reward_model_learns_there(kind, files, tmp_path):  # noqa
     measured = {name: value for name, value in here.items() if isinstance(value, float)}
     assert {name: there[name] for name in measured} == pytest.approx(measured, abs=1e-6, rel=1e-6)
     scores = [
-        load_reward(str(tmp_path / folder / "model"), device=torch.device(folder)).score(["p "] * 4, TEXTS)
+        ClassifierReward.from_pretrained(
+            tmp_path / folder / "model", device=torch.device(folder), dtype=torch.float64
+        ).score(["p "] * 4, TEXTS)
         for folder in ("cpu", "cuda")
     ]
-    np.testing.assert_allclose(*scores, atol=1e-5)
+    np.testing.assert_allclose(*scores, atol=1e-6)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
