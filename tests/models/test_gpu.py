@@ -126,10 +126,8 @@ def test_every_kind_of_reward_model_learns_there(kind, files, tmp_path):  # noqa
     measured = {name: value for name, value in here.items() if isinstance(value, float)}
     assert {name: there[name] for name in measured} == pytest.approx(measured, abs=1e-6, rel=1e-6)
     scores = [
-        ClassifierReward.from_pretrained(
-            tmp_path / folder / "model", device=torch.device(folder), dtype=torch.float64
-        ).score(["p "] * 4, TEXTS)
-        for folder in ("cpu", "cuda")
+        ClassifierReward(tmp_path / device / "model", device=device, dtype=torch.float64).score(["p "] * 4, TEXTS)
+        for device in ("cpu", "cuda")
     ]
     np.testing.assert_allclose(*scores, atol=1e-6)
 
