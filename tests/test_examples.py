@@ -160,15 +160,21 @@ def test_tulu_reads_grades_policies_and_labelers(example, tmp_path):
     lines = example("reward_models/tulu.py", tmp_path / "graded.jsonl", "--folds", 2)
     assert lines[0][0] == "80" and [row[0] for row in lines if row and row[0] in ("ann", "ben")] == ["ann", "ben"]
     assert [row[0] for row in lines if row][3:7] == ["0.0", "0.25", "0.5", "1.0"]
-    assert lines[3][-3:] == ["0.000", "[0.000,", "0.000]"]  # no margin against itself
+    none = next(row for row in lines if row and row[0] == "0.0")
+    assert none[-3:] == ["0.000", "[0.000,", "0.000]"]  # no margin against itself
 
 
-def test_mixed_annotators_rank_by_borda_and_are_told_apart(example):
-    lines = example("reward_models/mixed_annotators.py", "--populations", 20)
+def test_mixed_annotators_are_ranked_by_borda(example):
+    lines = example("reward_models/mixed_annotators.py", "--populations", 20, "--seeds", 0)
     borda, utility = int(lines[0][5]), int(lines[0][9])
-    assert borda == 20 > utility
-    assert lines[-1][-2:] != lines[-2][-2:] and len(lines) == 7
-    assert lines[3][3:6] == ["12", "of", "12"]
+    assert borda == 20 > utility and len(lines) == 2
+
+
+@pytest.mark.slow
+def test_mixed_annotators_are_told_apart(example):
+    lines = example("reward_models/mixed_annotators.py", "--populations", 1)
+    assert lines[3][:8] == ["seed", "0:", "the", "mixture", "puts", "12", "of", "12"]
+    assert lines[-1][-2:] != lines[-2][-2:]
 
 
 def test_kwise_prints_a_row_for_each_way(example):

@@ -43,6 +43,9 @@ UNEVENLY = ("ppo", "kto", "best_of_n")
 SPREAD = ("ppo", "grpo", "dpo", "kto")
 
 
+pytestmark = pytest.mark.xdist_group("processes")  # so that two of pytest's do not both make the runs
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Iterator[Path]:
     """Each agent's run in float64, by one process and by two; some by three, which share 8 episodes unevenly."""
