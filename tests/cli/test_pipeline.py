@@ -20,6 +20,9 @@ from tests.processes import signalled, slow_command, start
 from tests.tiny_pipeline import left_in, tiny_pipeline
 
 
+pytestmark = pytest.mark.xdist_group("pipeline")  # so that two of pytest's do not both run it
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
     """The settings of a tiny pipeline."""

@@ -19,7 +19,7 @@ from rlhf_env.preferences.labelers import (
 from rlhf_env.types import Comparison
 from tests.preferences.binomial import assert_share
 
-N = 20_000
+N = 10_000
 
 
 def gold(prompts, responses):
