@@ -19,7 +19,6 @@ from rlhf_env.worlds import reviews
 from tests.processes import signalled, slow_command, start
 from tests.tiny_pipeline import left_in, tiny_pipeline
 
-
 pytestmark = pytest.mark.xdist_group("pipeline")  # so that two of pytest's do not both run it
 
 
