@@ -82,7 +82,10 @@ def read_principles(path: str | Path) -> list[Principle]:
     """
     if Path(path).suffix not in (".yaml", ".yml"):
         return [Principle(line) for _, line in read_lines(path)]
-    principles = list(build(_Constitution, read_layer(path)).principles)
+    try:
+        principles = list(build(_Constitution, read_layer(path)).principles)
+    except ConfigError as error:
+        raise DataError(f"{error}. A .yaml holds the list `principles`; one on each line is a .txt") from error
     if not principles:
         raise DataError(f"{path}: the list of principles is empty")
     return principles

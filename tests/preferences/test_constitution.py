@@ -177,7 +177,7 @@ def test_principles_from_files(tmp_path):
         ("principles: [{critique: x}]", r"principles\[0\]\.principle is missing"),
         ("principles: [{principle: x, critic: y}]", r"no setting principles\[0\]\.critic; did you mean .*critique"),
         ("principles: [{principle: ' '}]", "a principle must say something"),
-        ("[a, b]", "a mapping of settings was expected"),
+        ("[a, b]", "a mapping of settings was expected.*A .yaml holds the list `principles`"),
     ],
 )
 def test_mistakes_in_a_constitution_are_named(tmp_path, text, message):
