@@ -28,7 +28,10 @@ def stopping_after(update: int, error: type[BaseException], *args: Any) -> Any:
     return on_update
 
 
-@pytest.mark.parametrize(("agent", "more"), [*((agent, {}) for agent in AGENTS), ("ppo", {"reward_scale": "running"})])
+SCALED = pytest.param("ppo", {"reward_scale": "running"}, id="ppo, scaled rewards")
+
+
+@pytest.mark.parametrize(("agent", "more"), [*(pytest.param(name, {}, id=name) for name in AGENTS), SCALED])
 def test_a_resumed_run_is_the_one_that_was_not_interrupted(agent, more, tmp_path):
     config = replace(tiny := tiny_training(tmp_path, agent), updates=4, settings={**tiny.settings, **more})
     run_training(config, tmp_path / "straight")
