@@ -26,8 +26,8 @@ from rlhf_env.reward_models.vader import VaderReward
 from rlhf_env.settings import LabelerConfig
 from rlhf_env.text.codec import Codec
 from rlhf_env.training.assemble import load_writer, read_chat_template
-from rlhf_env.training.config import JudgeConfig, MemberConfig
 from rlhf_env.training.inference import read_text
+from rlhf_env.training.labeler_config import JudgeConfig, MemberConfig
 from rlhf_env.types import Labeler
 
 _MEMBER_STREAM = 8  # of the seeds of a population's members

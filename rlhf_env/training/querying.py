@@ -31,9 +31,10 @@ from rlhf_env.settings import LabelerConfig
 from rlhf_env.text.prompts import load_prompts, prompt_indices
 from rlhf_env.training.assemble import parse_device
 from rlhf_env.training.collect import collect
-from rlhf_env.training.config import DType, EnvConfig, MemberConfig, OnlineConfig
+from rlhf_env.training.config import DType, EnvConfig, OnlineConfig
 from rlhf_env.training.evaluate import response_texts
 from rlhf_env.training.inference import Progress, unscored_envs
+from rlhf_env.training.labeler_config import MemberConfig
 from rlhf_env.training.labelers import build_labelers
 from rlhf_env.training.prefer import ask
 from rlhf_env.types import Comparison, Labeler

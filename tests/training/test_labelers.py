@@ -20,7 +20,8 @@ from rlhf_env.records.config import Layer, build, override_layer, to_dict
 from rlhf_env.records.run import Run
 from rlhf_env.settings import HTTPConfig
 from rlhf_env.training import prefer
-from rlhf_env.training.config import EnvConfig, JudgeConfig, MemberConfig, PreferConfig
+from rlhf_env.training.config import EnvConfig, PreferConfig
+from rlhf_env.training.labeler_config import JudgeConfig, MemberConfig
 from rlhf_env.training.labelers import build_labelers, reply_counts
 from rlhf_env.training.prefer import ask, run_prefer
 from tests.builders import letter_score
@@ -257,8 +258,8 @@ def test_judges_from_a_file_and_the_command_line(letters):
         ({"judge": {"model": "folder", "served_name": "m"}}, "served_name is of a model that is a URL; folder is none"),
         ({"judge": {"model": "http://h/v1", "served_name": "m", "by": "log_odds"}}, "log_odds needs a local model"),
         ({"judge": {"model": "m", "words": ["A", "B"]}}, "words are of a judge by log_odds"),
-        ({"judge": {"model": "m", "temperature": -1}}, "temperature must be at least 0, it is -1"),
-        ({"judge": {"model": "m", "max_new_tokens": 0}}, "max_new_tokens must be at least 1, it is 0"),
+        ({"judge": {"model": "m", "temperature": -1}}, "Judge needs temperature of at least 0, it is -1"),
+        ({"judge": {"model": "m", "max_new_tokens": 0}}, "Judge needs max_new_tokens of at least 1, it is 0"),
         ({"judge": {"model": "m"}, "biases": {"log_words": 1.0}}, "m judges by its question, not by gold, biases"),
         ({"judge": {"model": "m"}, "labelers": [{}]}, "there is one labeler"),
         ({"labelers": [{"judge": {"model": "m"}}, {}]}, "the setting gold is missing: a simulated labeler"),

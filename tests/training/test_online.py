@@ -19,7 +19,8 @@ from rlhf_env.records.run import Run
 from rlhf_env.reward_models import ClassifierReward
 from rlhf_env.settings import LabelerConfig
 from rlhf_env.training import querying
-from rlhf_env.training.config import EnvConfig, MemberConfig, OnlineConfig, TrainConfig
+from rlhf_env.training.config import EnvConfig, OnlineConfig, TrainConfig
+from rlhf_env.training.labeler_config import MemberConfig
 from rlhf_env.training.online import plan, round_cells, run_online
 from tests.builders import letter_score
 from tests.tiny_files import write_letter_files

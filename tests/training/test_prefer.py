@@ -15,7 +15,8 @@ from rlhf_env.records.run import Run
 from rlhf_env.settings import LabelerConfig
 from rlhf_env.training import inference, labelers, pipeline, prefer, reward
 from rlhf_env.training.collect import collect
-from rlhf_env.training.config import EnvConfig, MemberConfig, PreferConfig
+from rlhf_env.training.config import EnvConfig, PreferConfig
+from rlhf_env.training.labeler_config import MemberConfig
 from rlhf_env.training.prefer import ask, run_prefer
 from rlhf_env.types import Comparison
 from tests.builders import ALPHABET, PROMPTS, letter_score, make_envs

@@ -20,7 +20,8 @@ from rlhf_env.records.run import Run
 from rlhf_env.settings import HTTPConfig
 from rlhf_env.text.demonstrations import load_demonstrations
 from rlhf_env.training import revise
-from rlhf_env.training.config import JudgeConfig, ReviseConfig, WriterConfig
+from rlhf_env.training.config import ReviseConfig
+from rlhf_env.training.labeler_config import JudgeConfig, WriterConfig
 from rlhf_env.training.revise import run_revise
 from tests.serving import chat, chatting, reply, serving
 from tests.tiny_files import write_rows, write_tiny_files
